@@ -1,0 +1,168 @@
+"""The one place with a `torch.autograd.Function`: a layer's forward and backward sweep.
+
+Forward keeps the input, the final state and the information buffer, and nothing per step. Backward
+walks the chunks in reverse order; each is undone exactly and differentiated. When it arrives at
+the beginning, state and buffer must be those of the start, bit for bit, or `ReversalError` is
+raised. Autocast is off in both passes; the precision of matrix products is chosen once, by the
+caller, so a different autocast state around `backward()` changes nothing.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lightning_revflip.reversible.cells import Cell
+from lightning_revflip.reversible.products import Products
+from lightning_revflip.reversible.schedule import Schedule
+from lightning_revflip.reversible.sweep import Gradients, LayerSweep, ReversalError, SweepState
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a pass over one layer and direction is told besides tensors."""
+
+    cell: Cell[Any]
+    schedule: Schedule
+    products: Products
+    """How to multiply; outputs have its dtype."""
+    store: bool
+    """Whether a backward pass may follow."""
+    on_forward: Callable[[LayerSweep, SweepState], None]
+    """Called at the end of the forward sweep, for statistics."""
+
+
+class ReversibleLayer(torch.autograd.Function):
+    """Outputs and final states of a layer; see `rnn.py` for how its arguments are made.
+
+    Arguments of `apply`: settings; x, (rows, input_size) or (steps, batch, input_size); weight_ih;
+    weight_hh; bias or None; the initial h (and c), each (batch, hidden_size), or none of them.
+    Returns h after every step, shape (rows, hidden_size), then the final h (and c).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        settings: Settings,
+        x: Tensor,
+        weight_ih: Tensor,
+        weight_hh: Tensor,
+        bias: Tensor | None,
+        *initial: Tensor,
+    ) -> tuple[Tensor, ...]:
+        cell, schedule = settings.cell, settings.schedule
+        with torch.autocast(x.device.type, enabled=False):
+            layer = _layer(settings, weight_ih, weight_hh, bias)
+            state = _initial_state(settings, x, initial)
+            out = x.new_empty(schedule.rows, cell.hidden_size, dtype=settings.products.dtype)
+            for chunk in schedule.chunks():
+                rows = out[chunk.start : chunk.stop]
+                layer.forward_chunk(chunk, chunk.rows(x), state, rows)
+            if not layer.is_finite(state):
+                _raise_not_finite(x, weight_ih, weight_hh)
+            settings.on_forward(layer, state)
+            if settings.store:
+                ctx.settings = settings
+                ctx.given = len(initial)
+                ctx.save_for_backward(x, weight_ih, weight_hh, bias, *initial, *state.compact())
+                ctx.set_materialize_grads(False)
+            return out, *state.floats(layer.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, grad_out: Tensor | None, *grad_final: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        settings: Settings = ctx.settings
+        x, weight_ih, weight_hh, bias, *rest = _saved(ctx)
+        initial, compact = rest[: ctx.given], rest[ctx.given :]
+        with torch.autocast(x.device.type, enabled=False):
+            layer = _layer(settings, weight_ih, weight_hh, bias)
+            state = SweepState.from_compact(settings.cell, *compact)
+            grads = _zero_gradients(layer, grad_final)
+            grad_x = x.new_empty(x.shape) if ctx.needs_input_grad[1] else None
+            for chunk in reversed(settings.schedule.chunks()):
+                rows = chunk.rows(x)
+                try:
+                    steps = layer.undo_chunk(chunk, rows, state)
+                except IndexError as error:
+                    raise ReversalError("the information buffer ran empty") from error
+                part = None if grad_out is None else grad_out[chunk.start : chunk.stop]
+                grad_rows = layer.differentiate_chunk(chunk, rows, steps, part, grads)
+                if grad_x is not None:
+                    target = grad_x.view(-1, grad_x.shape[-1])
+                    target[chunk.start : chunk.stop] = grad_rows
+            state.check_is(_initial_state(settings, x, initial))
+            states = [torch.cat(pair, dim=1) for pair in zip(*grads.states, strict=True)]
+            return (
+                None,
+                grad_x,
+                grads.weight_ih.to(weight_ih.dtype),
+                grads.weight_hh.to(weight_hh.dtype),
+                None if grads.bias is None or bias is None else grads.bias.to(bias.dtype),
+                *(grad.to(given.dtype) for grad, given in zip(states, initial, strict=False)),
+            )
+
+
+def reversible_layer(settings: Settings, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+    """`ReversibleLayer.apply`, typed."""
+    outputs: tuple[Tensor, ...] = ReversibleLayer.apply(settings, *tensors)  # type: ignore[no-untyped-call]
+    return outputs
+
+
+def _layer(
+    settings: Settings, weight_ih: Tensor, weight_hh: Tensor, bias: Tensor | None
+) -> LayerSweep:
+    dtype = settings.products.dtype
+    return LayerSweep(
+        settings.cell,
+        settings.schedule,
+        settings.products,
+        weight_ih.to(dtype),
+        weight_hh.to(dtype),
+        None if bias is None else bias.to(dtype),
+    )
+
+
+def _initial_state(settings: Settings, x: Tensor, initial: Any) -> SweepState:
+    batch = settings.schedule.batch
+    return SweepState.initial(settings.cell, batch, list(initial), x.device, settings.store)
+
+
+def _zero_gradients(layer: LayerSweep, grad_final: tuple[Tensor | None, ...]) -> Gradients:
+    def zeros(like: Tensor) -> Tensor:
+        return torch.zeros_like(like, dtype=layer.dtype)
+
+    batch, cell = layer.schedule.batch, layer.cell
+    shape = (batch, cell.hidden_size)
+    finals = [
+        layer.weight_hh.new_zeros(shape, dtype=layer.dtype)
+        if grad is None
+        else grad.to(layer.dtype, copy=True)
+        for grad in grad_final
+    ]
+    states = [list(parts) for parts in zip(*(grad.chunk(2, dim=1) for grad in finals), strict=True)]
+    bias = None if layer.bias is None else zeros(layer.bias)
+    return Gradients(zeros(layer.weight_ih), zeros(layer.weight_hh), bias, states)
+
+
+def _saved(ctx: Any) -> tuple[Any, ...]:
+    try:
+        return tuple(ctx.saved_tensors)
+    except RuntimeError as error:
+        if "inplace operation" in str(error):
+            raise ReversalError("autograd noticed a change in place") from error
+        raise
+
+
+def _raise_not_finite(x: Tensor, weight_ih: Tensor, weight_hh: Tensor) -> None:
+    named = {"the input": x, "weight_ih": weight_ih, "weight_hh": weight_hh}
+    found = [name for name, tensor in named.items() if not tensor.isfinite().all()]
+    raise ValueError(
+        f"a reversible recurrence needs finite numbers, got NaN or infinity in "
+        f"{' and '.join(found) or 'the gates (overflow in a matrix product, or in a bias)'}. "
+        "Training has most likely diverged: lower the learning rate or clip gradients."
+    )

@@ -1,0 +1,180 @@
+r"""The information buffer: multiply integers by a forget gate without losing a bit.
+
+A forget gate is a fraction `z / 1024` with an integer `1 <= z <= 1023`. Multiplying a state by it
+destroys `log2(1024 / z)` bits. They are kept in a buffer `b` per unit, used as a stack in a mixed
+radix:
+
+    multiply:  (b, d) = divmod(b, z);  (h, u) = divmod(h * z + d, 1024);  b = b * 1024 + u
+    divide:    (b, u) = divmod(b, 1024);  (h, d) = divmod(h * 1024 + u, z);  b = b * z + d
+
+The two are exact inverses for any integers. The new state differs from `h * z / 1024` by less than
+one unit in the last place. (MacKay et al., 2018, section 3.1, push the low 10 bits of `h` before
+they pop `d`, which replaces ten bits of the state by noise; popping first keeps the error at one.)
+
+`b` must not grow without bound, so full 16-bit words move from it to a word stream, in the manner
+of range asymmetric numeral systems (Duda, 2014, arXiv 1311.2540). With `2^15 <= b < 2^31`,
+
+    emit a word before multiply    if and only if   b >= z * 2^21,
+    take it back after divide      if and only if   b <  2^15,
+
+is unambiguous: without a word, `b // z * 1024` stays inside the interval; with one, `b` falls below
+2^15 before the multiplication and no other way. (2^15 is a multiple of 1024, hence both bounds are
+exact.) So nothing records where words were emitted, and `b` fits int32 for every sequence of gates.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+GATE_BITS = 10
+"""Fractional bits of a forget gate."""
+
+GATE_ONE = 1 << GATE_BITS
+"""The integer that stands for a gate of 1; gates are integers in 1..GATE_ONE - 1."""
+
+WORD_BITS = 16
+
+_LOWEST = float(1 << 15)
+_WORD = float(1 << WORD_BITS)
+_SIGN = 1 << (WORD_BITS - 1)  # words are unsigned, int16 is not: stored shifted by 2^15
+_EMIT = float(1 << 21)
+_GATE = float(GATE_ONE)
+
+
+class WordStream:
+    """A stack of 16-bit words, packed densely as int16.
+
+    Words are pushed in small batches and popped in batches of any size; `packed` is what a
+    backward pass keeps.
+
+    Args:
+        packed: the words to start from, shape (words,), int16; empty by default.
+        device: where an empty stream lives.
+    """
+
+    def __init__(self, packed: Tensor | None = None, device: torch.device | None = None) -> None:
+        if packed is None:
+            packed = torch.empty(0, dtype=torch.int16, device=device)
+        self._packed = packed
+        self._size = packed.numel()
+        self._pending: list[Tensor] = []
+        self._pending_words = 0
+
+    def __len__(self) -> int:
+        return self._size + self._pending_words
+
+    def push(self, words: Tensor) -> None:
+        """Append float64 integers in 0..65535, shape (count,)."""
+        self._pending.append((words - _SIGN).to(torch.int16))
+        self._pending_words += words.numel()
+
+    def pop(self, count: int) -> Tensor:
+        """Take the last `count` words off, in the order in which they were pushed, as float64.
+
+        Raises:
+            IndexError: if fewer are left.
+        """
+        if self._pending:
+            self.pack()
+        if count > self._size:
+            raise IndexError(f"the word stream holds {self._size} words, {count} were asked for")
+        words = self._packed[self._size - count : self._size]
+        self._size -= count
+        return words.double().add_(_SIGN)
+
+    def pack(self) -> Tensor:
+        """The words, shape (len(self),), int16, in a tensor of exactly that size."""
+        if self._pending or self._size != self._packed.numel():
+            self._packed = torch.cat([self._packed[: self._size], *self._pending])
+            self._size = self._packed.numel()
+            self._pending = []
+            self._pending_words = 0
+        return self._packed
+
+
+class InformationBuffer:
+    """The buffer of a block of units; several of them may share a word stream.
+
+    Args:
+        state: `b` of each unit as float64 integers in 2^15..2^31 - 1, any shape, contiguous.
+            Modified in place.
+        words: where full words go; None drops them, for passes that are never reversed.
+    """
+
+    def __init__(self, state: Tensor, words: WordStream | None) -> None:
+        self.state = state
+        self.words = words
+
+    @staticmethod
+    def initial_state(*shape: int, device: torch.device | None = None) -> Tensor:
+        """The state of buffers that hold nothing, float64."""
+        return torch.full(shape, _LOWEST, dtype=torch.float64, device=device)
+
+    def multiply_(self, h: Tensor, gate: Tensor) -> None:
+        """Replace `h` by `h * gate / 1024`, and keep what the rounding loses.
+
+        Args:
+            h: float64 integers below 2^31 in magnitude, shape (rows, units), where the buffer's
+                state has that shape or more rows; rows beyond stay untouched.
+            gate: float64 integers in 1..1023, shape (rows, units).
+        """
+        b = self.state[: h.shape[0]]
+        full = (b >= gate * _EMIT).view(-1).nonzero().squeeze(1)
+        if full.numel():
+            flat = b.view(-1)
+            value = flat.index_select(0, full)
+            rest = (value * (1.0 / _WORD)).floor_()
+            if self.words is not None:
+                self.words.push(value.sub_(rest, alpha=_WORD))
+            flat.index_copy_(0, full, rest)
+        # A correctly rounded float64 quotient of integers below 2^41 by one below 2^10 has the
+        # right floor: the true quotient is an integer or at least 2^-10 away from the next one.
+        quotient = (b / gate).floor_()
+        product = torch.addcmul(b, quotient, gate, value=-1).addcmul_(h, gate)
+        torch.floor(product * (1.0 / _GATE), out=h)
+        torch.add(product, quotient.sub_(h), alpha=_GATE, out=b)
+
+    def divide_(self, h: Tensor, gate: Tensor) -> None:
+        """Undo `multiply_` with the same gates: arguments as there."""
+        b = self.state[: h.shape[0]]
+        quotient = (b * (1.0 / _GATE)).floor_()
+        product = torch.add(b, h - quotient, alpha=_GATE)
+        torch.div(product, gate, out=h)
+        h.floor_()
+        torch.addcmul(product, quotient.sub_(h), gate, out=b)
+        low = (b < _LOWEST).view(-1).nonzero().squeeze(1)
+        if low.numel():
+            if self.words is None:
+                raise IndexError("this buffer dropped its words and cannot be reversed")
+            flat = b.view(-1)
+            high = flat.index_select(0, low).mul_(_WORD)
+            flat.index_copy_(0, low, high.add_(self.words.pop(low.numel())))
+
+    def is_initial(self) -> bool:
+        """Whether the state is that of buffers which hold nothing."""
+        return bool((self.state == _LOWEST).all())
+
+
+def information_bits(gate_counts: Tensor) -> float:
+    """What multiplying by these gates forgets, in bits: the sum of log2(1024 / z).
+
+    Args:
+        gate_counts: how often each gate z occurred, shape (1025,), integers.
+    """
+    counts = gate_counts.to(device="cpu", dtype=torch.float64)[1:]
+    gates = torch.arange(1, GATE_ONE + 1, dtype=torch.float64)
+    return float((counts * (GATE_BITS - gates.log2())).sum())
+
+
+def stored_bits(words: int, units: int) -> int:
+    """What the buffers of `units` units and their word stream occupy, in bits."""
+    return WORD_BITS * words + 32 * units
+
+
+def lowest_gate(max_forget_bits: float | None) -> int:
+    """The smallest gate z that forgets at most `max_forget_bits` per step (None: unlimited)."""
+    if max_forget_bits is None:
+        return 1
+    limit: float = GATE_ONE * 2.0**-max_forget_bits
+    return min(GATE_ONE - 1, max(1, math.ceil(limit)))

@@ -1,0 +1,203 @@
+"""What the last pass of a reversible module stored, against what an ordinary one keeps."""
+
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor, nn
+
+from lightning_revflip.reversible.buffer import information_bits, stored_bits
+from lightning_revflip.reversible.cells import Cell
+
+_KEPT_FLOATS = {"cpu": {"RevGRU": 7, "RevLSTM": 15}, "other": {"RevGRU": 4, "RevLSTM": 5}}
+"""Floats per hidden unit and step that nn.GRU and nn.LSTM keep beside input and output.
+
+On a CPU as counted in torch 2.13 (a test compares with the profiler). Elsewhere a lower bound:
+the gates and the cell state, without which no implementation can differentiate.
+"""
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One pass over one layer and direction."""
+
+    cell: Cell[Any]
+    device_type: str
+    batch: int
+    rows: int
+    """Steps summed over the batch."""
+    element_size: int
+    """Bytes of a float."""
+    stored: bool
+    """Whether a backward pass may follow; otherwise nothing was kept."""
+    words: int
+    """Words in the stream."""
+    chunk_rows: int
+    """Rows of the largest chunk."""
+    gate_counts: Tensor
+    """How often each forget gate k/1024 occurred, shape (1025,), int64."""
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """Memory of one layer and direction in its last pass.
+
+    A unit is one number of the state; RevGRU has one per hidden unit (h), RevLSTM two (c and h).
+    """
+
+    name: str
+    unit_steps: int
+    """Units times steps, summed over the batch."""
+    stored_bits: int
+    """Information buffer and word stream."""
+    information_bits: float
+    """What the forget gates destroyed, sum of log2(1/z): no lossless buffer can store less."""
+    float_state_bits: int
+    """The same states as floats at every step: what the paper compares with."""
+    kept_bytes: int
+    """All that the layer keeps for its backward pass beside input and output."""
+    standard_bytes: int
+    """The same of nn.GRU or nn.LSTM on this device (a lower bound on accelerators)."""
+    chunk_bytes: int
+    """What the backward pass allocates for the steps of one chunk, at its peak."""
+    gate_counts: Tensor
+    """How often each forget gate k/1024 occurred, shape (1025,), int64, on the CPU."""
+
+    @classmethod
+    def of(cls, name: str, last: Pass) -> "LayerReport":
+        """The report of a pass."""
+        cell = last.cell
+        unit_steps = last.rows * cell.hidden_size * cell.states
+        units = last.batch * cell.buffered_units
+        counts = last.gate_counts.cpu()
+        floats = _KEPT_FLOATS.get(last.device_type, _KEPT_FLOATS["other"])[cell.name]
+        stored = stored_bits(last.words, units) if last.stored else 0
+        final_state = 4 * last.batch * cell.hidden_size * cell.states
+        chunk = last.chunk_rows * (2 * cell.gate_rows + cell.replay_floats * cell.hidden_size)
+        return cls(
+            name=name,
+            unit_steps=unit_steps,
+            stored_bits=stored,
+            information_bits=information_bits(counts) if last.stored else 0.0,
+            float_state_bits=8 * last.element_size * unit_steps,
+            kept_bytes=stored // 8 + final_state if last.stored else 0,
+            standard_bytes=last.rows * cell.hidden_size * floats * last.element_size,
+            chunk_bytes=chunk * last.element_size if last.stored else 0,
+            gate_counts=counts,
+        )
+
+    @property
+    def bits_per_unit_step(self) -> float:
+        """Stored bits per unit and step."""
+        return self.stored_bits / max(1, self.unit_steps)
+
+
+@dataclass(frozen=True)
+class MemoryReport:
+    """Memory of all reversible layers of a module in their last pass."""
+
+    layers: list[LayerReport]
+
+    @property
+    def stored_bits(self) -> int:
+        """Information buffers and word streams of all layers."""
+        return sum(layer.stored_bits for layer in self.layers)
+
+    @property
+    def information_bits(self) -> float:
+        """What all forget gates destroyed."""
+        return sum(layer.information_bits for layer in self.layers)
+
+    @property
+    def float_state_bits(self) -> int:
+        """All states of all steps as floats."""
+        return sum(layer.float_state_bits for layer in self.layers)
+
+    @property
+    def kept_bytes(self) -> int:
+        """All that the layers keep for the backward pass beside input and output."""
+        return sum(layer.kept_bytes for layer in self.layers)
+
+    @property
+    def standard_bytes(self) -> int:
+        """The same of ordinary layers."""
+        return sum(layer.standard_bytes for layer in self.layers)
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Working memory of the backward pass: layers run one after the other."""
+        return max(layer.chunk_bytes for layer in self.layers)
+
+    @property
+    def bits_per_unit_step(self) -> float:
+        """Stored bits per unit and step, over all layers."""
+        return self.stored_bits / max(1, sum(layer.unit_steps for layer in self.layers))
+
+    @property
+    def savings(self) -> float:
+        """How many times less is kept than by ordinary layers; infinite after an evaluation."""
+        return self.standard_bytes / self.kept_bytes if self.kept_bytes else float("inf")
+
+    @property
+    def state_savings(self) -> float:
+        """How many times fewer bits than float states, as the paper counts."""
+        return self.float_state_bits / self.stored_bits if self.stored_bits else float("inf")
+
+    def __str__(self) -> str:
+        header = f"{'layer':<24}{'bits/unit/step':>15}{'kept':>12}{'ordinary':>12}{'saved':>9}"
+        lines = [header]
+        for layer in self.layers:
+            saved = f"{layer.standard_bytes / layer.kept_bytes:.1f}x" if layer.kept_bytes else "all"
+            lines.append(
+                f"{layer.name:<24}{layer.bits_per_unit_step:>15.3f}{_size(layer.kept_bytes):>12}"
+                f"{_size(layer.standard_bytes):>12}{saved:>9}"
+            )
+        overhead = self.stored_bits / self.information_bits if self.information_bits else 1.0
+        lines.append(
+            f"kept {_size(self.kept_bytes)} instead of {_size(self.standard_bytes)}; buffers hold "
+            f"{_size(self.stored_bits / 8)}, {overhead:.2f} times the forgotten information; "
+            f"backward works in {_size(self.chunk_bytes)}"
+        )
+        return "\n".join(lines)
+
+
+@runtime_checkable
+class Recorded(Protocol):
+    """A module that remembers what its last call stored."""
+
+    last_passes: dict[str, Pass]
+
+
+def memory_report(module: nn.Module) -> MemoryReport:
+    """What the last pass of every RevGRU and RevLSTM inside `module` stored.
+
+    A layer that is called several times in a forward pass reports its last call.
+
+    Raises:
+        ValueError: if `module` holds no reversible layer.
+        RuntimeError: if none of them has run yet.
+    """
+    recorded = [(name, part) for name, part in module.named_modules() if isinstance(part, Recorded)]
+    if not recorded:
+        raise ValueError(
+            f"{type(module).__name__} holds no reversible layer. Build it with RevGRU or RevLSTM, "
+            "or convert it with lightning_revflip.convert or the ReversibleRNN callback."
+        )
+    layers = [
+        LayerReport.of(".".join(filter(None, (name, layer))), last)
+        for name, part in recorded
+        for layer, last in part.last_passes.items()
+    ]
+    if not layers:
+        raise RuntimeError(
+            "no reversible layer has run yet, so there is nothing to report: call the module first."
+        )
+    return MemoryReport(layers)
+
+
+def _size(count: float) -> str:
+    """Bytes for people."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.4g} {unit}"
+        count /= 1000
+    return f"{count:.4g} GB"

@@ -1,0 +1,376 @@
+"""`RevGRU` and `RevLSTM`: drop-in replacements for `nn.GRU` and `nn.LSTM`."""
+
+import math
+from abc import abstractmethod
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+from typing_extensions import Self
+
+from lightning_revflip.reversible.autograd import Settings, reversible_layer
+from lightning_revflip.reversible.cells import Cell, RevGRUCell, RevLSTMCell
+from lightning_revflip.reversible.products import Products, onednn_available
+from lightning_revflip.reversible.report import Pass
+from lightning_revflip.reversible.schedule import Schedule
+from lightning_revflip.reversible.sweep import LayerSweep, SweepState
+
+_ROWS_PER_CHUNK = 256
+"""Enough rows for efficient matrix products with the input weights."""
+
+
+class ReversibleRNNBase(nn.RNNBase):
+    """What `RevGRU` and `RevLSTM` share; see there."""
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        *,
+        max_forget_bits: float | None = 3.0,
+        chunk_steps: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        nn.Module.__init__(self)
+        for name, size in (("input_size", input_size), ("num_layers", num_layers)):
+            if size <= 0:
+                raise ValueError(f"{name} must be positive, got {size}.")
+        if not 0.0 <= dropout <= 1.0:
+            raise ValueError(f"dropout must be a probability in [0, 1], got {dropout}.")
+        if chunk_steps is not None and chunk_steps <= 0:
+            raise ValueError(f"chunk_steps must be positive or None, got {chunk_steps}.")
+        self.input_size = input_size
+        self.hidden_size = hidden_size
+        self.num_layers = num_layers
+        self.bias = bias
+        self.batch_first = batch_first
+        self.dropout = float(dropout)
+        self.bidirectional = bidirectional
+        self.proj_size = 0
+        self.max_forget_bits = max_forget_bits
+        self.chunk_steps = chunk_steps
+        self.cell = self._make_cell()
+        self.mode = self.cell.name
+        self.last_passes: dict[str, Pass] = {}
+        """What each layer and direction stored in the last call, for `memory_report`."""
+
+        directions = 2 if bidirectional else 1
+        rows, half = self.cell.gate_rows, self.cell.half
+        for layer, suffix in self._layers():
+            features = input_size if layer == 0 else hidden_size * directions
+            shapes: dict[str, tuple[int, ...]] = {
+                "weight_ih": (rows, features),
+                "weight_hh": (rows, half),
+            }
+            if bias:
+                shapes |= {"bias_ih": (rows,), "bias_hh": (rows,)}
+            for name, shape in shapes.items():
+                parameter = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+                self.register_parameter(f"{name}_{suffix}", parameter)
+        self.reset_parameters()
+
+    unsupported: ClassVar[tuple[type[nn.Module], ...]]
+    """Relatives of the replaced layer that cannot be replaced; `convert` refuses them by name."""
+
+    @classmethod
+    def from_standard(cls, rnn: nn.RNNBase, **kwargs: Any) -> Self:
+        """A freshly initialised layer with the arguments of an nn.GRU or nn.LSTM.
+
+        Args:
+            rnn: the layer to stand in for.
+            kwargs: max_forget_bits and chunk_steps.
+
+        Raises:
+            ValueError: if `rnn` has a projection (proj_size), or an odd hidden_size.
+        """
+        if rnn.proj_size:
+            raise ValueError(
+                f"{cls.__name__} has no projection, got proj_size={rnn.proj_size}. "
+                "Use proj_size=0 and an nn.Linear."
+            )
+        return cls(
+            rnn.input_size,
+            rnn.hidden_size,
+            rnn.num_layers,
+            rnn.bias,
+            rnn.batch_first,
+            rnn.dropout,
+            rnn.bidirectional,
+            **kwargs,
+        )
+
+    @abstractmethod
+    def _make_cell(self) -> Cell[Any]: ...
+
+    def _layers(self) -> list[tuple[int, str]]:
+        """Layer number and parameter suffix of each layer and direction."""
+        directions = ("", "_reverse") if self.bidirectional else ("",)
+        return [(n, f"l{n}{suffix}") for n in range(self.num_layers) for suffix in directions]
+
+    def reset_parameters(self) -> None:
+        """Draw all parameters from U(-1/sqrt(hidden_size), 1/sqrt(hidden_size)), as nn.GRU does."""
+        bound = 1.0 / math.sqrt(self.hidden_size)
+        for parameter in self.parameters():
+            nn.init.uniform_(parameter, -bound, bound)
+
+    # nn.RNNBase keeps a flat copy of its weights for cuDNN. There is none here, so that weights
+    # may be replaced by parametrizations, weight drop or `torch.func.functional_call`.
+    __setattr__ = nn.Module.__setattr__  # type: ignore[assignment]
+    __setstate__ = nn.Module.__setstate__
+    _apply = nn.Module._apply
+    _replicate_for_data_parallel = nn.Module._replicate_for_data_parallel
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__.copy()
+
+    def flatten_parameters(self) -> None:
+        """Does nothing; present because nn.GRU and nn.LSTM have it."""
+
+    @property
+    def all_weights(self) -> list[list[nn.Parameter]]:
+        """Parameters of each layer and direction, in the order of nn.GRU."""
+        names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")[: 4 if self.bias else 2]
+        return [[getattr(self, f"{n}_{suffix}") for n in names] for _, suffix in self._layers()]
+
+    def extra_repr(self) -> str:
+        """The arguments that differ from their defaults, as nn.GRU shows them."""
+        text = f"{self.input_size}, {self.hidden_size}"
+        defaults = {
+            "num_layers": 1,
+            "bias": True,
+            "batch_first": False,
+            "dropout": 0.0,
+            "bidirectional": False,
+            "chunk_steps": None,
+        }
+        for name, default in defaults.items():
+            if getattr(self, name) != default:
+                text += f", {name}={getattr(self, name)}"
+        return f"{text}, max_forget_bits={self.max_forget_bits}"
+
+    def _run(
+        self, input: Tensor | PackedSequence, given: list[Tensor]
+    ) -> tuple[Tensor | PackedSequence, list[Tensor]]:
+        """Outputs and final h (and c) in the caller's layout; `given` as the user passed them."""
+        if isinstance(input, PackedSequence):
+            x, batch_sizes = input.data, input.batch_sizes.tolist()
+            if input.sorted_indices is not None:
+                given = [state.index_select(1, input.sorted_indices) for state in given]
+        else:
+            if input.dim() not in (2, 3):
+                raise ValueError(
+                    f"{self.cell.name} expects a 3-dimensional input, a 2-dimensional one without "
+                    f"batch, or a PackedSequence, got shape {tuple(input.shape)}."
+                )
+            batched = input.dim() == 3
+            x = input if batched else input.unsqueeze(0 if self.batch_first else 1)
+            given = given if batched else [state.unsqueeze(1) for state in given]
+            if self.batch_first:
+                x = x.transpose(0, 1)
+            batch_sizes = [x.shape[1]] * x.shape[0]
+        self._check(x, batch_sizes, given)
+
+        out, finals = self._run_layers(x, batch_sizes, given)
+
+        if isinstance(input, PackedSequence):
+            if input.unsorted_indices is not None:
+                finals = [state.index_select(1, input.unsorted_indices) for state in finals]
+            return input._replace(data=out), finals
+        out = out.view(*x.shape[:2], -1)
+        if self.batch_first:
+            out = out.transpose(0, 1)
+        if not batched:
+            return out.squeeze(0 if self.batch_first else 1), [s.squeeze(1) for s in finals]
+        return out, finals
+
+    def _run_layers(
+        self, x: Tensor, batch_sizes: list[int], given: list[Tensor]
+    ) -> tuple[Tensor, list[Tensor]]:
+        products = _products(x)
+        chunk_steps = self.chunk_steps or max(1, _ROWS_PER_CHUNK // max(1, batch_sizes[0]))
+        self.last_passes = {}
+        outputs: list[Tensor] = []
+        finals: list[tuple[Tensor, ...]] = []
+        for index, (layer, suffix) in enumerate(self._layers()):
+            if layer and not suffix.endswith("_reverse"):
+                x = torch.cat(outputs, dim=-1) if len(outputs) > 1 else outputs[0]
+                x = F.dropout(x, self.dropout, self.training)
+                outputs = []
+            weight_ih = getattr(self, f"weight_ih_{suffix}")
+            weight_hh = getattr(self, f"weight_hh_{suffix}")
+            bias = (
+                getattr(self, f"bias_ih_{suffix}") + getattr(self, f"bias_hh_{suffix}")
+                if self.bias
+                else None
+            )
+            initial = [state[index] for state in given]
+            tensors = [x, weight_ih, weight_hh, bias, *initial]
+            settings = Settings(
+                self.cell,
+                Schedule(batch_sizes, chunk_steps, suffix.endswith("_reverse")),
+                products,
+                store=torch.is_grad_enabled()
+                and any(t.requires_grad for t in tensors if t is not None),
+                on_forward=partial(self._record, suffix, x.element_size()),
+            )
+            out, *final = reversible_layer(settings, *tensors)
+            outputs.append(out)
+            finals.append(tuple(final))
+        out = torch.cat(outputs, dim=-1) if len(outputs) > 1 else outputs[0]
+        return out, [torch.stack(states) for states in zip(*finals, strict=True)]
+
+    def _record(self, name: str, element_size: int, layer: LayerSweep, state: SweepState) -> None:
+        schedule = layer.schedule
+        self.last_passes[name] = Pass(
+            cell=self.cell,
+            device_type=layer.weight_hh.device.type,
+            batch=schedule.batch,
+            rows=schedule.rows,
+            element_size=element_size,
+            stored=state.words is not None,
+            words=len(state.words or ()),
+            chunk_rows=max(len(chunk) for chunk in schedule.chunks()),
+            gate_counts=layer.gate_counts,
+        )
+
+    def _check(self, x: Tensor, batch_sizes: list[int], given: list[Tensor]) -> None:
+        if x.shape[-1] != self.input_size:
+            raise ValueError(
+                f"{self.cell.name} expects inputs with {self.input_size} features in the last "
+                f"dimension (input_size={self.input_size}), got {x.shape[-1]}."
+            )
+        if not batch_sizes:
+            raise ValueError(f"{self.cell.name} needs at least one time step, got none.")
+        weight = self.weight_ih_l0
+        if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise ValueError(
+                f"{self.cell.name} has weights of {weight.dtype}, got an input of {x.dtype}. "
+                "Convert one of them, or run under autocast."
+            )
+        shape = (len(self._layers()), batch_sizes[0], self.hidden_size)
+        growth = self.cell.growth(len(batch_sizes))
+        for name, state in zip(("h_0", "c_0"), given, strict=False):
+            if tuple(state.shape) != shape:
+                raise ValueError(
+                    f"{name} must have shape (layers * directions, batch, hidden_size) = {shape} "
+                    f"(without batch dimension for a 2-D input), got {tuple(state.shape)}."
+                )
+            self.cell.fixed_point.check(state, name, growth)
+        if not given:
+            self.cell.fixed_point.check(x.new_zeros(1), "the zero state", growth)
+
+
+def _products(x: Tensor) -> Products:
+    """Matrix products in autocast's dtype, as torch would choose it, or the input's."""
+    device, dtype = x.device.type, x.dtype
+    if torch.is_autocast_enabled(device) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+    return Products(dtype, onednn_available(x.device, dtype))
+
+
+class RevGRU(ReversibleRNNBase, nn.GRU):
+    """Gated recurrent units whose hidden states are recomputed exactly in the backward pass.
+
+    Takes the arguments of `nn.GRU` and returns what it returns, for 3-D, unbatched 2-D and packed
+    input; per step it stores only the bits that its forget gates destroy. See
+    `lightning_revflip.reversible.cells` for the equations (MacKay et al., 2018, arXiv 1810.10999).
+
+    Parameters carry torch's names. `weight_ih_l[k]` has shape (3 * hidden_size, input features),
+    `weight_hh_l[k]` (3 * hidden_size, hidden_size / 2), rows r, z, g of the first half of the
+    units, then of the second. Matrix products follow autocast; states and gates are at least
+    float32, and so are returned final states.
+
+    Without gradients (`torch.no_grad`, or no input that requires any) nothing is stored, and the
+    outputs are the same bits.
+
+    Args:
+        input_size: features of the input.
+        hidden_size: features of the output, even.
+        num_layers: layers on top of each other.
+        bias: whether to add biases.
+        batch_first: input and output are (batch, steps, features) instead of (steps, batch, ...).
+        dropout: probability between layers, in training.
+        bidirectional: run a second set of layers backwards in time and concatenate.
+        max_forget_bits: how much a unit may forget per step: a number of bits, or None for no
+            limit; 0 leaves forgetting out.
+        chunk_steps: steps that are recomputed together in the backward pass; None chooses about
+            256 / batch.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Raises:
+        ValueError: for an odd hidden_size, negative max_forget_bits, an input or state of the wrong
+            shape or dtype, NaN or infinity, or a state outside the fixed-point range (|h| < 255).
+        ReversalError: in the backward pass, if the recomputed states are not the original ones.
+
+    Example:
+        >>> rnn = RevGRU(8, 16, num_layers=2)
+        >>> output, h_n = rnn(torch.randn(70, 4, 8))
+        >>> output.shape, h_n.shape
+        (torch.Size([70, 4, 16]), torch.Size([2, 4, 16]))
+        >>> output.sum().backward()
+    """
+
+    unsupported = (nn.RNN, nn.RNNCell, nn.GRUCell)
+
+    def _make_cell(self) -> Cell[Any]:
+        return RevGRUCell(self.hidden_size, self.max_forget_bits)
+
+    def forward(  # type: ignore[override]
+        self, input: Tensor | PackedSequence, hx: Tensor | None = None
+    ) -> tuple[Tensor | PackedSequence, Tensor]:
+        """Outputs of the last layer and final states.
+
+        Args:
+            input: (steps, batch, input_size), (batch, steps, input_size) with batch_first,
+                (steps, input_size), or a PackedSequence.
+            hx: initial state (layers * directions, batch, hidden_size), without the batch
+                dimension for a 2-D input; zero by default.
+
+        Returns:
+            Output (steps, batch, directions * hidden_size) in the layout of the input, and the
+            final state in the shape of `hx`.
+        """
+        output, (h_n,) = self._run(input, [] if hx is None else [hx])
+        return output, h_n
+
+
+class RevLSTM(ReversibleRNNBase, nn.LSTM):
+    """Long short-term memory whose states are recomputed exactly in the backward pass.
+
+    As `RevGRU`, with the call and return shapes of `nn.LSTM` (without proj_size). A half-step has
+    five gates, rows z, p, f, o, g: `weight_ih_l[k]` has shape (5 * hidden_size, input features),
+    `weight_hh_l[k]` (5 * hidden_size, hidden_size / 2); with max_forget_bits=0 there are three,
+    f, o, g. Initial states must stay below 2047 in magnitude; no sequence of inputs can leave the
+    range then.
+
+    Example:
+        >>> rnn = RevLSTM(8, 16, batch_first=True, bidirectional=True)
+        >>> output, (h_n, c_n) = rnn(torch.randn(4, 70, 8))
+        >>> output.shape, h_n.shape, c_n.shape
+        (torch.Size([4, 70, 32]), torch.Size([2, 4, 16]), torch.Size([2, 4, 16]))
+    """
+
+    unsupported = (nn.RNN, nn.RNNCell, nn.LSTMCell)
+
+    def _make_cell(self) -> Cell[Any]:
+        return RevLSTMCell(self.hidden_size, self.max_forget_bits)
+
+    def forward(  # type: ignore[override]
+        self, input: Tensor | PackedSequence, hx: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor | PackedSequence, tuple[Tensor, Tensor]]:
+        """Outputs of the last layer and final states.
+
+        As `RevGRU.forward`, with `hx = (h_0, c_0)` and `(h_n, c_n)`, each of the shape given there.
+        """
+        output, (h_n, c_n) = self._run(input, [] if hx is None else list(hx))
+        return output, (h_n, c_n)

@@ -1,0 +1,313 @@
+"""Sweeping a cell over chunks of time: forward, undone, differentiated. No autograd in here.
+
+Reversal is chaotic: a gate that differs by one unit in the last place is garbage 20 steps later.
+Hence `undo_chunk` forms each projection and each gate by the same call as `forward_chunk`, on
+operands of the same shape, dtype and memory layout.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_revflip.reversible.buffer import GATE_ONE, InformationBuffer, WordStream
+from lightning_revflip.reversible.cells import Cell, Undone
+from lightning_revflip.reversible.products import Products
+from lightning_revflip.reversible.schedule import Chunk, Schedule
+
+
+class ReversalError(RuntimeError):
+    """The backward sweep did not arrive at the state from which the forward sweep started."""
+
+    def __init__(self, found: str) -> None:
+        super().__init__(
+            f"Reversing the recurrence did not restore its initial state: {found}. Its gradients "
+            "would be wrong. Likely causes: a weight, a bias, the input or the initial state was "
+            "changed in place between forward and backward (an optimizer step, weight drop, "
+            "`.data`); the number of threads changed in between; matrix products that are not "
+            "deterministic. Call backward() before you change anything, or clone what you change."
+        )
+
+
+class SweepState:
+    """States and information buffers of a batch: what a sweep moves forward and back.
+
+    Args:
+        cell: the cell they belong to.
+        halves: float64 integers of either half, each (batch, states * half).
+        buffers: buffer states of either half, the same shape; (batch, 0) without forgetting.
+        words: the word stream of both; None for a pass that is never reversed.
+    """
+
+    def __init__(
+        self, cell: Cell[Any], halves: list[Tensor], buffers: list[Tensor], words: WordStream | None
+    ) -> None:
+        self.cell = cell
+        self.halves = halves
+        self.buffers = [InformationBuffer(state, words) for state in buffers]
+        self.words = words
+
+    @classmethod
+    def initial(
+        cls, cell: Cell[Any], batch: int, given: list[Tensor], device: torch.device, store: bool
+    ) -> "SweepState":
+        """The state before the first step, from h (and c), each (batch, hidden_size), or zero."""
+        width = cell.states * cell.half
+        if given:
+            fixed = [cell.fixed_point.from_float(state) for state in reversed(given)]
+            pairs = [state.chunk(2, dim=1) for state in fixed]
+            halves = [torch.cat(parts, dim=1) for parts in zip(*pairs, strict=True)]
+        else:
+            halves = list(torch.zeros(2, batch, width, dtype=torch.float64, device=device))
+        units = width if cell.forgets else 0
+        buffers = [InformationBuffer.initial_state(batch, units, device=device) for _ in range(2)]
+        return cls(cell, halves, buffers, WordStream(device=device) if store else None)
+
+    @classmethod
+    def from_compact(
+        cls, cell: Cell[Any], halves: Tensor, buffers: Tensor, words: Tensor
+    ) -> "SweepState":
+        """The state that `compact` describes."""
+        return cls(cell, list(halves.double()), list(buffers.double()), WordStream(words))
+
+    def compact(self) -> tuple[Tensor, Tensor, Tensor]:
+        """int32 states, int32 buffers and int16 words: all that a backward sweep starts from."""
+        assert self.words is not None
+        buffers = torch.stack([buffer.state for buffer in self.buffers])
+        return torch.stack(self.halves).int(), buffers.int(), self.words.pack()
+
+    def outputs(self, dtype: torch.dtype) -> list[Tensor]:
+        """The h of either half as floats, each (batch, half)."""
+        return [self.cell.output(half, dtype) for half in self.halves]
+
+    def floats(self, dtype: torch.dtype) -> list[Tensor]:
+        """The h (and c) as floats, each (batch, hidden_size)."""
+        parts = [half.chunk(self.cell.states, dim=1) for half in self.halves]
+        states = [torch.cat(pair, dim=1) for pair in zip(*parts, strict=True)]
+        return [self.cell.fixed_point.to_float(state, dtype) for state in reversed(states)]
+
+    def check_is(self, initial: "SweepState") -> None:
+        """Raise unless this is the state that a forward sweep started from.
+
+        Raises:
+            ReversalError: saying what differs.
+        """
+        pairs = zip(self.halves, initial.halves, strict=True)
+        wrong = sum(int((half != start).sum()) for half, start in pairs)
+        if wrong:
+            total = sum(half.numel() for half in self.halves)
+            raise ReversalError(f"{wrong} of {total} recovered numbers differ from the given ones")
+        if self.words or not all(buffer.is_initial() for buffer in self.buffers):
+            raise ReversalError("the states agree, but the information buffer is not empty")
+
+
+@dataclass
+class Gradients:
+    """Gradients that a backward sweep accumulates, in the dtype of the states."""
+
+    weight_ih: Tensor
+    weight_hh: Tensor
+    bias: Tensor | None
+    states: list[list[Tensor]]
+    """Per half: of h (and c), each (batch, half); of the step that comes next."""
+
+
+class HalfStep(NamedTuple):
+    """A half-step that was undone, kept until it is differentiated."""
+
+    gates: Any
+    undone: Undone
+    other: Tensor
+
+
+class HalfWeights:
+    """Recurrent weights of a half-step: implements `cells.Recurrent`.
+
+    Args:
+        weight: (gates * half, half), in the dtype of `products`.
+        sizes: rows of each block.
+        products: how to multiply.
+        dtype: of the results.
+    """
+
+    def __init__(
+        self, weight: Tensor, sizes: list[int], products: Products, dtype: torch.dtype
+    ) -> None:
+        self._products = products
+        self._dtype = dtype
+        self._blocks = torch.split(weight, sizes)
+        self._packed = [products.pack(block) for block in self._blocks]
+
+    def linear(self, x: Tensor, block: int) -> Tensor:
+        """`x @ weight[block].T`."""
+        return self._products.linear(x, self._packed[block], self._dtype)
+
+    def transposed(self, grad: Tensor, block: int) -> Tensor:
+        """`grad @ weight[block]`."""
+        return self._products.linear(grad, self._blocks[block].t(), self._dtype)
+
+
+@dataclass
+class LayerSweep:
+    """One layer and direction: cell, weights and settings of a pass.
+
+    Args:
+        cell: settings of the cell.
+        schedule: the steps.
+        products: how to multiply.
+        weight_ih: (gate_rows, input_size), like all weights in the dtype of `products`.
+        weight_hh: (gate_rows, half).
+        bias: (gate_rows,) or None.
+    """
+
+    cell: Cell[Any]
+    schedule: Schedule
+    products: Products
+    weight_ih: Tensor
+    weight_hh: Tensor
+    bias: Tensor | None
+    gate_counts: Tensor = field(init=False)
+    """How often each forget gate k/1024 occurred, shape (1025,), int64."""
+
+    def __post_init__(self) -> None:
+        self.gate_counts = torch.zeros(
+            GATE_ONE + 1, dtype=torch.int64, device=self.weight_hh.device
+        )
+        self._sizes = [blocks * self.cell.half for blocks in self.cell.recurrent_blocks]
+        self._hh = [
+            HalfWeights(half, self._sizes, self.products, self.dtype)
+            for half in self.weight_hh.chunk(2, dim=0)
+        ]
+        self._checksums: list[Tensor] = []
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of element-wise work, states and accumulated gradients: at least float32."""
+        return torch.promote_types(self.weight_ih.dtype, torch.float32)
+
+    def _project(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Both halves' share of weight_ih x + bias, views of shape (chunk rows, gates * half)."""
+        projected = self.products.linear(x, self.weight_ih, self.dtype)
+        if self.bias is not None:
+            projected += self.bias
+        return projected.chunk(2, dim=1)
+
+    def forward_chunk(self, chunk: Chunk, x: Tensor, state: SweepState, out: Tensor) -> None:
+        """Advance `state` over a chunk.
+
+        Args:
+            chunk: the steps.
+            x: its inputs, shape (chunk rows, input_size).
+            state: modified in place.
+            out: receives h after every step, shape (chunk rows, hidden_size).
+        """
+        cell, projected = self.cell, self._project(x)
+        self._checksums += [half.sum(dtype=torch.float32) for half in projected]
+        outputs = state.outputs(self.dtype)
+        forget_gates = []
+        for step in chunk.steps:
+            rows = step.stop - step.start
+            for half in (0, 1):
+                other = outputs[1 - half][:rows]
+                gates = cell.activate(projected[half][step], other, self._hh[half])
+                alive = state.halves[half][:rows]
+                cell.forward_(alive, gates, state.buffers[half])
+                outputs[half] = _replace_rows(outputs[half], cell.output(alive, self.dtype))
+                out[step, half * cell.half : (half + 1) * cell.half] = outputs[half][:rows]
+                integer = cell.forget_gates(gates)
+                if integer is not None:
+                    forget_gates.append(integer.to(torch.int16).view(-1))
+        if forget_gates:
+            # A NaN, which `is_finite` reports in the end, must not stop the count.
+            counted = torch.cat(forget_gates).clamp_(0, GATE_ONE)
+            self.gate_counts += torch.bincount(counted, minlength=GATE_ONE + 1)
+
+    def is_finite(self, state: SweepState) -> bool:
+        """Whether all inputs and gates of the forward sweep so far were finite numbers."""
+        sums = [*self._checksums, *(half.sum() for half in state.halves)]
+        return bool(torch.stack([total.double() for total in sums]).isfinite().all())
+
+    def undo_chunk(
+        self, chunk: Chunk, x: Tensor, state: SweepState
+    ) -> list[tuple[HalfStep, HalfStep]]:
+        """Move `state` back over a chunk; returns its steps in processing order."""
+        cell, projected = self.cell, self._project(x)
+        outputs = state.outputs(self.dtype)
+        steps = []
+        for step in reversed(chunk.steps):
+            rows = step.stop - step.start
+            pair: dict[int, HalfStep] = {}
+            for half in (1, 0):
+                other = outputs[1 - half][:rows]
+                gates = cell.activate(projected[half][step], other, self._hh[half])
+                alive = state.halves[half][:rows]
+                undone = cell.reverse_(alive, gates, state.buffers[half], self.dtype)
+                outputs[half] = _replace_rows(outputs[half], undone.h)
+                pair[half] = HalfStep(gates, undone, other)
+            steps.append((pair[0], pair[1]))
+        return steps[::-1]
+
+    def differentiate_chunk(
+        self,
+        chunk: Chunk,
+        x: Tensor,
+        steps: list[tuple[HalfStep, HalfStep]],
+        grad_out: Tensor | None,
+        grads: Gradients,
+    ) -> Tensor:
+        """Back-propagate through a chunk that was undone.
+
+        Args:
+            chunk: the steps.
+            x: as in `forward_chunk`.
+            steps: what `undo_chunk` returned; emptied, to free memory early.
+            grad_out: gradient of `out`, shape (chunk rows, hidden_size), or None for zero.
+            grads: accumulated into.
+
+        Returns:
+            Gradient of `x`, shape (chunk rows, input_size).
+        """
+        cell = self.cell
+        grad_projected = torch.empty(
+            len(chunk), cell.gate_rows, dtype=self.dtype, device=self.weight_hh.device
+        )
+        halves = grad_projected.chunk(2, dim=1)
+        seen: list[list[tuple[Tensor, ...]]] = [[], []]
+        for step in reversed(chunk.steps):
+            rows = step.stop - step.start
+            pair = steps.pop()
+            if grad_out is not None:
+                parts = grad_out[step].chunk(2, dim=1)
+                for state_grads, part in zip(grads.states, parts, strict=True):
+                    state_grads[0][:rows] += part
+            for half in (1, 0):
+                gates, undone, other = pair[half]
+                new = [grad[:rows] for grad in grads.states[half]]
+                out = halves[half][step]
+                old, grad_other = cell.vjp(gates, undone, other, self._hh[half], new, out)
+                grads.states[half] = [
+                    _replace_rows(grad, part)
+                    for grad, part in zip(grads.states[half], old, strict=True)
+                ]
+                grads.states[1 - half][0][:rows] += grad_other
+                seen[half].append(cell.recurrent_inputs(gates, other))
+        for half, grad_hh in enumerate(grads.weight_hh.chunk(2, dim=0)):
+            in_row_order = seen[half] if self.schedule.reverse else seen[half][::-1]
+            inputs = [torch.cat(parts) for parts in zip(*in_row_order, strict=True)]
+            for total, grad, seen_by in zip(
+                torch.split(grad_hh, self._sizes),
+                torch.split(halves[half], self._sizes, dim=1),
+                inputs,
+                strict=True,
+            ):
+                self.products.accumulate(total, grad, seen_by)
+        self.products.accumulate(grads.weight_ih, grad_projected, x)
+        if grads.bias is not None:
+            grads.bias += grad_projected.sum(dim=0)
+        return self.products.linear(grad_projected, self.weight_ih.t(), x.dtype)
+
+
+def _replace_rows(full: Tensor, first: Tensor) -> Tensor:
+    """`full` with its first rows replaced, without touching `full`."""
+    return first if len(first) == len(full) else torch.cat([first, full[len(first) :]])
