@@ -1,0 +1,120 @@
+"""How every benchmark measures: side by side, in one process, with machine and versions noted."""
+
+import gc
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def seconds(
+    runs: Mapping[str, Callable[[], object]], budget: float, least: int = 3
+) -> dict[str, list[float]]:
+    """Times of the runs, taken in turns so that a disturbance meets all of them.
+
+    Args:
+        runs: what to time, by name.
+        budget: seconds to spend on all runs together.
+        least: rounds at least.
+    """
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for run in runs.values():
+        run()  # warm up
+    start = time.perf_counter()
+    rounds = 0
+    while rounds < least or time.perf_counter() - start < budget:
+        for name, run in runs.items():
+            _synchronize()
+            begin = time.perf_counter()
+            run()
+            _synchronize()
+            times[name].append(time.perf_counter() - begin)
+        rounds += 1
+    return times
+
+
+def summary(times: list[float]) -> dict[str, float]:
+    """Best and median of some times, in seconds; ratios are formed from the medians."""
+    return {"best": min(times), "median": statistics.median(times), "rounds": len(times)}
+
+
+def bytes_allocated(run: Callable[[], object]) -> tuple[int, int]:
+    """Bytes that `run` leaves allocated while its result is alive, and the peak on the way."""
+    gc.collect()
+    if torch.cuda.is_available():
+        return _bytes_allocated_cuda(run)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        result = run()
+    results: Any = profiler.profiler.kineto_results
+    events = [event for event in results.events() if event.name() == "[memory]"]
+    now = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    del result
+    return now, peak
+
+
+def _bytes_allocated_cuda(run: Callable[[], object]) -> tuple[int, int]:
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    result = run()
+    torch.cuda.synchronize()
+    after, peak = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
+    del result
+    return after - before, peak - before
+
+
+def environment() -> dict[str, Any]:
+    """Machine, versions and command, for the head of a results file."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
+    return {
+        "date": datetime.now(timezone.utc).date().isoformat(),
+        "command": " ".join(["python", "-m", _module(), *sys.argv[1:]]),
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "cpus": os.cpu_count(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def write(name: str, rows: list[dict[str, Any]], **more: Any) -> Path:
+    """Write `results/<name>.json`."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    path.write_text(
+        json.dumps({"environment": environment(), **more, "rows": rows}, indent=1) + "\n"
+    )
+    return path
+
+
+def _module() -> str:
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return spec.name if spec else Path(sys.argv[0]).name
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
