@@ -1,0 +1,112 @@
+"""Perplexity on the Penn Treebank at a small, fixed budget: reversible cells beside ordinary ones.
+
+    python -m benchmarks.ptb_perplexity [--steps 400] [--cells gru revgru lstm revlstm]
+
+Runs `revflip fit` with the recipe's configurations (200 units, same seed, same windows), then
+reads the logged metrics. Needs the Penn Treebank in REVFLIP_DATA; writes results/ptb_perplexity
+.json and the curve beside the recipe's README.
+"""
+
+import argparse
+import csv
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from benchmarks import measure
+
+CONFIGS = Path("recipes/ptb/configs")
+CELLS = {
+    "gru": ["gru"],
+    "revgru": ["gru", "rev3"],
+    "lstm": ["lstm"],
+    "revlstm": ["lstm", "rev3"],
+}
+
+
+def command(cell: str, steps: int, folder: Path) -> list[str]:
+    """The training of one cell, as a user would start it."""
+    configs = ["base", "small", *CELLS[cell], "csv"]
+    return [
+        *(sys.executable, "-m", "lightning_revflip.cli", "fit"),
+        *(f"--config={CONFIGS / name}.yaml" for name in configs),
+        f"--trainer.max_steps={steps}",
+        f"--trainer.val_check_interval={min(100, steps)}",
+        "--trainer.check_val_every_n_epoch=null",
+        "--trainer.num_sanity_val_steps=0",
+        "--trainer.enable_progress_bar=false",
+        "--trainer.accelerator=cpu",
+        "--data.source=ptb",
+        f"--trainer.logger.init_args.save_dir={folder}",
+        f"--trainer.logger.init_args.name={cell}",
+    ]
+
+
+def read(cell: str, folder: Path) -> dict[str, Any]:
+    """The curve and the last figures of a run."""
+    (path,) = folder.glob(f"{cell}/version_0/metrics.csv")
+    with path.open() as file:
+        rows = list(csv.DictReader(file))
+
+    def column(name: str) -> list[tuple[int, float]]:
+        return [(int(row["step"]) + 1, float(row[name])) for row in rows if row.get(name)]
+
+    curve = column("val/perplexity")
+    found: dict[str, Any] = {"cell": cell, "curve": curve, "val_perplexity": curve[-1][1]}
+    found["tokens_per_second"] = sorted(v for _, v in column("tokens_per_second"))
+    found["tokens_per_second"] = found["tokens_per_second"][len(found["tokens_per_second"]) // 2]
+    found["saved_for_backward_bytes"] = column("memory/saved_for_backward_bytes")[-1][1]
+    if stored := column("reversible/bits_per_unit_step"):
+        found["bits_per_unit_step"] = stored[-1][1]
+        found["savings"] = column("reversible/savings")[-1][1]
+    return found
+
+
+def draw(rows: list[dict[str, Any]]) -> Figure:
+    """Validation perplexity against steps."""
+    figure = Figure(figsize=(6, 3.5), layout="constrained")
+    axes = figure.subplots()
+    for row in rows:
+        style = "--" if row["cell"].startswith("rev") else "-"
+        color = "C0" if row["cell"].endswith("gru") else "C1"
+        axes.plot(*zip(*row["curve"], strict=True), style, color=color, label=row["cell"])
+    axes.set(xlabel="training steps", ylabel="validation perplexity")
+    axes.legend()
+    return figure
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--cells", nargs="+", choices=CELLS, default=list(CELLS))
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        # One thread each, as many trainings at a time as there are processors.
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        waiting = list(options.cells)
+        running: list[subprocess.Popen[bytes]] = []
+        while waiting or running:
+            while waiting and len(running) < (os.cpu_count() or 1):
+                call = command(waiting.pop(0), options.steps, folder)
+                running.append(subprocess.Popen(call, env=environment))
+            if running.pop(0).wait() != 0:
+                raise SystemExit("a training failed, see above")
+        rows = [read(cell, folder) for cell in options.cells]
+    for row in rows:
+        if row["cell"].startswith("rev"):
+            plain = next((r for r in rows if "rev" + r["cell"] == row["cell"]), None)
+            if plain is not None:
+                row["perplexity_ratio"] = row["val_perplexity"] / plain["val_perplexity"]
+        print({key: value for key, value in row.items() if key != "curve"})
+    print(measure.write("ptb_perplexity", rows, steps=options.steps))
+    draw(rows).savefig("recipes/ptb/curve.png", dpi=100)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""The command `revflip fit|validate|test|predict`: a LightningCLI for any model and data module.
+
+    revflip fit --config base.yaml --config lstm.yaml --config rev3.yaml --trainer.max_epochs 3
+
+Later configurations change earlier ones key by key; a key `callbacks+` adds to a list. Classes are
+named by their import path and are looked up in installed packages and in the working directory.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import NoReturn
+
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+
+from lightning_revflip import __version__
+
+
+class SaveRunConfig(SaveConfigCallback):
+    """Gives the whole configuration of a run, its seed and the versions in use to its loggers.
+
+    Also writes it to `config.yaml` beside the folder of the run's checkpoints, from where
+    `revflip ... --config config.yaml` repeats the run. Does nothing in a run without a logger.
+    """
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if trainer.logger is None:
+            return
+        # The third argument keeps what is null: `max_forget_bits: null` is not the default. It goes
+        # without its name, which is skip_none before jsonargparse 4.49 and skip_unset after.
+        config = json.loads(self.parser.dump(self.config, "json", False))
+        for logger in trainer.loggers:
+            logger.log_hyperparams({**config, "versions": versions()})
+        path = run_folder(trainer) / self.config_filename
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(self.parser.dump(self.config, "yaml", False), encoding="utf-8")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide what a run computes."""
+    return {
+        "python": platform.python_version(),
+        "torch": metadata.version("torch"),
+        "lightning": metadata.version("lightning"),
+        "lightning-revflip": __version__,
+    }
+
+
+def run_folder(trainer: Trainer) -> Path:
+    """The folder of a run, of which ModelCheckpoint by default uses the subfolder `checkpoints`."""
+    logger = trainer.loggers[0]
+    save_dir = trainer.default_root_dir if logger.save_dir is None else logger.save_dir
+    version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
+    return Path(save_dir, str(logger.name), version)
+
+
+class Parser(LightningArgumentParser):
+    """Says where classes are looked up when one is not found."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        if "class_path" in message and ("No module" in message or "has no attribute" in message):
+            message += (
+                f"\n\nClasses are looked up in installed packages and in the working directory, "
+                f"{os.getcwd()}. Check the spelling, install what is missing, or run revflip where "
+                "the module is: the recipes, for example, are found from the root of a checkout."
+            )
+        super().error(message, ex)
+
+
+class RevflipCLI(LightningCLI):
+    """LightningCLI for any model and any data module.
+
+    There is no `--optimizer`: its parameters would be taken from the model before callbacks such as
+    `ReversibleRNN` have swapped layers. Models make their optimizers in `configure_optimizers`.
+
+    Args:
+        args: the command line, by default that of the process.
+        run: execute the subcommand; otherwise `args` has none and objects are only made.
+    """
+
+    def __init__(self, args: Sequence[str] | None = None, run: bool = True) -> None:
+        super().__init__(
+            LightningModule,
+            LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            save_config_callback=SaveRunConfig,
+            save_config_kwargs={"save_to_log_dir": False},
+            parser_class=Parser,
+            auto_configure_optimizers=False,
+            args=None if args is None else list(args),
+            run=run,
+        )
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run `revflip`.
+
+    Args:
+        args: the command line, by default that of the process.
+
+    Raises:
+        SystemExit: if the command line or a configuration is not valid.
+    """
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    RevflipCLI(args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""Every combination of the PTB configurations can be composed, made and run."""
+
+from itertools import product
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.loggers import CSVLogger, WandbLogger
+from torch import nn
+
+import recipes
+from lightning_revflip.callbacks import MemoryMonitor, ReversibleRNN
+from lightning_revflip.cli import RevflipCLI, main
+from recipes.common.figures import ReversibleFigures
+from recipes.common.throughput import TokensPerSecond
+from recipes.ptb.writer import TextWriter
+
+CONFIGS = Path(recipes.__path__[0]) / "ptb" / "configs"
+
+SIZES = {
+    "small": (["small"], 200, [200]),
+    "paper": (["paper"], 650, [650]),
+    "paper_2layer": (["paper", "paper_2layer"], 650, [1150, 650]),
+}
+CELLS = {"lstm": nn.LSTM, "gru": nn.GRU}
+BITS = {"rev1": 1, "rev2": 2, "rev3": 3, "rev5": 5, "rev_unlimited": None, "nf": 0}
+EVERY_RUN = {RichProgressBar, ModelCheckpoint, MemoryMonitor, TokensPerSecond, ReversibleFigures}
+
+
+def config_args(*names: str) -> list[str]:
+    return [f"--config={CONFIGS / name}.yaml" for name in names]
+
+
+@pytest.fixture(scope="module")
+def compose():
+    """Composes configurations and makes what they name: model, data, callbacks, logger."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["revflip"])
+        cli = RevflipCLI(config_args("base", "small", "lstm", "csv"), run=False)
+
+        def make(*names: str) -> SimpleNamespace:
+            made = cli.parser.instantiate_classes(cli.parser.parse_args(config_args(*names)))
+            callbacks = {type(callback): callback for callback in made.trainer.callbacks}
+            assert len(callbacks) == len(made.trainer.callbacks)
+            return SimpleNamespace(
+                model=made.model, data=made.data, trainer=made.trainer, callbacks=callbacks
+            )
+
+        yield make
+
+
+@pytest.mark.parametrize(("size", "cell", "bits"), [*product(SIZES, CELLS, [None, *BITS])])
+def test_every_choice_of_size_cell_and_forgetting_limit_can_be_composed(compose, size, cell, bits):
+    names, embedding_size, hidden_sizes = SIZES[size]
+    run = compose("base", *names, cell, *([bits] if bits else []), "csv")
+
+    assert [type(rnn) for rnn in run.model.rnns] == [CELLS[cell]] * len(hidden_sizes)
+    assert [rnn.hidden_size for rnn in run.model.rnns] == hidden_sizes
+    assert run.model.embedding_size == embedding_size
+    expected = set(EVERY_RUN)
+    if size != "small":
+        expected.add(EarlyStopping)
+    if bits:
+        expected.add(ReversibleRNN)
+        assert run.callbacks[ReversibleRNN].max_forget_bits == BITS[bits]
+    assert set(run.callbacks) == expected
+
+
+def test_no_configuration_is_left_out_of_the_tests():
+    others = {"base", "char", "csv", "predict"}
+    composed = {name for names, *_ in SIZES.values() for name in names}
+    assert {path.stem for path in CONFIGS.iterdir()} == {*others, *composed, *CELLS, *BITS}
+
+
+def test_paper_size_has_the_hyperparameters_of_the_paper(compose):
+    run = compose("base", "paper", "lstm")
+    assert run.model.dropouts == {
+        "output_dropout": 0.4,
+        "hidden_dropout": 0.3,
+        "input_dropout": 0.4,
+        "embedding_dropout": 0.1,
+        "weight_drop": 0.5,
+    }
+    model = run.model
+    assert (model.lr, model.divide_lr_by, model.patience) == (20, 4, 5)
+    assert (model.clip_norm, model.weight_decay) == (0.1, 1.2e-6)
+    assert run.data.batch_sizes == {"train": 20, "valid": 10, "test": 1}
+    assert run.data.bptt == 70
+    assert run.data.variable_length
+    assert run.trainer.reload_dataloaders_every_n_epochs == 1
+    stop = run.callbacks[EarlyStopping]
+    assert (stop.monitor, stop.stopping_threshold) == ("train/lr", 0.01)
+
+
+def test_runs_log_to_wandb_offline_unless_csv_is_chosen(compose):
+    logger = compose("base", "small", "lstm").trainer.logger
+    assert isinstance(logger, WandbLogger)
+    assert logger._offline
+    assert isinstance(compose("base", "small", "lstm", "csv").trainer.logger, CSVLogger)
+
+
+def test_characters_and_prediction_can_be_added(compose):
+    run = compose("base", "small", "gru", "rev3", "char", "predict")
+    assert run.data.level == "char"
+    assert run.trainer.logger is False
+    assert {ReversibleRNN, MemoryMonitor, TextWriter} <= set(run.callbacks)
+
+
+@pytest.mark.parametrize(
+    "names", [["lstm"], ["gru"], ["lstm", "rev3"], ["gru", "rev3"], ["gru", "nf"], ["lstm", "nf"]]
+)
+def test_configuration_trains_and_validates(monkeypatch, tmp_path, names):
+    monkeypatch.delenv("REVFLIP_DATA", raising=False)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["revflip"])
+    args = ["fit", *config_args("base", "small", *names, "csv")]
+    args += ["--data.source=embedded", "--model.embedding_size=20", "--model.hidden_sizes=[20]"]
+    main([*args, "--trainer.fast_dev_run=2"])

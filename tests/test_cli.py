@@ -1,0 +1,153 @@
+"""The command line: every subcommand, configurations, what a run records of itself."""
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import wandb
+import yaml
+
+import recipes
+from lightning_revflip.cli import main
+
+CONFIGS = Path(recipes.__path__[0]) / "ptb" / "configs"
+
+
+@pytest.fixture(autouse=True)
+def somewhere_else(monkeypatch, tmp_path):
+    """Commands run in an empty folder, on the embedded text."""
+    monkeypatch.delenv("REVFLIP_DATA", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("sys.argv", ["revflip"])
+    monkeypatch.setattr("sys.path", [*sys.path])
+    monkeypatch.chdir(tmp_path)
+
+
+def revflip(subcommand: str, *args: str, configs: tuple[str, ...] = ()) -> None:
+    main([subcommand, *(f"--config={CONFIGS / name}.yaml" for name in configs), *args])
+
+
+SMALL = (
+    "--model.embedding_size=20",
+    "--model.hidden_sizes=[20]",
+    "--model.lr=2",
+    "--trainer.max_epochs=1",
+    "--trainer.limit_train_batches=3",
+    "--trainer.limit_val_batches=2",
+    "--trainer.log_every_n_steps=1",
+)
+
+
+@pytest.fixture
+def run_folder(tmp_path) -> Path:
+    """The folder of a short reversible run that logged to CSV."""
+    revflip("fit", *SMALL, configs=("base", "small", "gru", "rev2", "csv"))
+    return tmp_path / "runs" / "ptb" / "version_0"
+
+
+def metrics(folder: Path) -> dict[str, float]:
+    """The last value of everything that a run logged."""
+    with (folder / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    return {name: float(value) for row in rows for name, value in row.items() if value}
+
+
+def test_fit_then_validate_test_and_predict_from_its_own_config(run_folder, tmp_path, capsys):
+    fitted = metrics(run_folder)
+    for name in ("train/loss", "train/perplexity", "val/perplexity", "tokens_per_second"):
+        assert fitted[name] > 0
+    assert 0 < fitted["reversible/bits_per_unit_step"] <= 3
+    config = f"--config={run_folder / 'config.yaml'}"
+    best = next((run_folder / "checkpoints").glob("epoch000-perplexity*.ckpt"))
+
+    main(["validate", config, f"--ckpt_path={best}"])
+    validated = metrics(tmp_path / "runs" / "ptb" / "version_1")
+    assert validated["val/perplexity"] == pytest.approx(fitted["val/perplexity"], rel=1e-6)
+
+    main(["test", config, f"--ckpt_path={best}", "--trainer.limit_test_batches=2"])
+    assert metrics(tmp_path / "runs" / "ptb" / "version_2")["test/perplexity"] > 1
+
+    capsys.readouterr()
+    args = ['--data.prompts=["the prince said"]', "--data.new_tokens=5", "--data.temperature=0"]
+    main(["predict", config, f"--config={CONFIGS / 'predict.yaml'}", f"--ckpt_path={best}", *args])
+    printed = capsys.readouterr().out
+    assert "the prince said" in printed
+    assert "(perplexity " in printed
+
+
+def test_fit_goes_on_from_a_checkpoint(run_folder, tmp_path):
+    last = run_folder / "checkpoints" / "last.ckpt"
+    config = f"--config={run_folder / 'config.yaml'}"
+    main(["fit", config, f"--ckpt_path={last}", "--trainer.max_epochs=2"])
+    steps = torch.load(last, weights_only=True)["global_step"]
+    resumed = tmp_path / "runs" / "ptb" / "version_1" / "checkpoints" / "last.ckpt"
+    assert torch.load(resumed, weights_only=True)["global_step"] == 2 * steps
+
+
+def test_run_records_its_configuration_seed_and_versions(run_folder):
+    record = yaml.safe_load((run_folder / "hparams.yaml").read_text())
+    assert record["seed_everything"] == 1111
+    assert record["versions"]["torch"] == torch.__version__
+    assert {"python", "lightning", "lightning-revflip"} <= set(record["versions"])
+    assert record["model"]["init_args"]["cell"] == "gru"
+    config = yaml.safe_load((run_folder / "config.yaml").read_text())
+    callbacks = {c["class_path"]: c.get("init_args") for c in config["trainer"]["callbacks"]}
+    assert callbacks["lightning_revflip.callbacks.ReversibleRNN"]["max_forget_bits"] == 2.0
+
+
+def test_fit_logs_to_wandb_offline(tmp_path):
+    revflip("fit", *SMALL, configs=("base", "small", "lstm", "rev3"))
+    wandb.finish()  # otherwise done at the end of the process
+    (folder,) = (tmp_path / "runs" / "wandb").glob("offline-run-*")
+    images = {path.name.rsplit("_", 2)[0] for path in folder.rglob("*.png")}
+    assert images == {"bits_per_layer", "forget_gates"}
+    (config,) = (tmp_path / "runs" / "revflip-ptb").glob("*/config.yaml")
+    assert (config.parent / "checkpoints" / "last.ckpt").exists()
+    recorded = next(folder.glob("*.wandb")).read_bytes()
+    for name in (b"val/perplexity", b"reversible/savings", b"tokens_per_second", b"versions"):
+        assert name in recorded
+
+
+def test_fit_needs_no_wandb(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # import wandb raises ImportError
+    revflip("fit", *SMALL, configs=("base", "small", "lstm", "csv"))
+    assert metrics(tmp_path / "runs" / "ptb" / "version_0")["val/perplexity"] > 1
+
+
+def test_classes_of_the_working_directory_are_found(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "from lightning.pytorch.demos.boring_classes import BoringModel, BoringDataModule\n"
+        "class Model(BoringModel):\n"
+        "    def on_fit_end(self):\n"
+        "        open('fitted', 'w').close()\n"
+    )
+    data = "--data=lightning.pytorch.demos.boring_classes.BoringDataModule"
+    revflip("fit", "--model=mine.Model", data, "--trainer.fast_dev_run=true")
+    assert (tmp_path / "fitted").exists()
+
+
+@pytest.mark.parametrize("path", ["no.such.Model", "recipes.ptb.module.NoSuchModel"])
+def test_class_that_is_not_found_is_reported_with_where_it_was_looked_up(path, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        revflip("fit", f"--model={path}")
+    message = capsys.readouterr().err
+    assert path in message
+    assert f"looked up in installed packages and in the working directory, {tmp_path}" in message
+
+
+def test_other_mistakes_are_reported_without_that_hint(capsys):
+    with pytest.raises(SystemExit):
+        revflip("fit", "--trainer.max_epochs=many", configs=("base",))
+    message = capsys.readouterr().err
+    assert "many" in message
+    assert "looked up" not in message
+
+
+def test_import_needs_neither_wandb_nor_a_recipe():
+    code = "import sys, lightning_revflip.cli; print({'wandb', 'recipes'} & set(sys.modules))"
+    root = Path(recipes.__path__[0]).parent
+    run = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, check=True)
+    assert run.stdout.strip() == b"set()"
