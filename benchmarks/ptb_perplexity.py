@@ -1,6 +1,6 @@
 """Perplexity on the Penn Treebank at a small, fixed budget: reversible cells beside ordinary ones.
 
-    python -m benchmarks.ptb_perplexity [--steps 400] [--cells gru revgru lstm revlstm]
+    python -m benchmarks.ptb_perplexity [--steps 400] [--lr 20] [--cells gru revgru lstm revlstm]
 
 Runs `revflip fit` with the recipe's configurations (200 units, same seed, same windows), then
 reads the logged metrics. Needs the Penn Treebank in REVFLIP_DATA; writes results/ptb_perplexity
@@ -29,17 +29,17 @@ CELLS = {
 }
 
 
-def command(cell: str, steps: int, folder: Path) -> list[str]:
+def command(cell: str, steps: int, lr: float, folder: Path) -> list[str]:
     """The training of one cell, as a user would start it."""
     configs = ["base", "small", *CELLS[cell], "csv"]
     return [
         *(sys.executable, "-m", "lightning_revflip.cli", "fit"),
         *(f"--config={CONFIGS / name}.yaml" for name in configs),
         f"--trainer.max_steps={steps}",
+        f"--model.init_args.lr={lr}",
         f"--trainer.val_check_interval={min(100, steps)}",
         "--trainer.check_val_every_n_epoch=null",
         "--trainer.num_sanity_val_steps=0",
-        "--trainer.enable_progress_bar=false",
         "--trainer.accelerator=cpu",
         "--data.source=ptb",
         f"--trainer.logger.init_args.save_dir={folder}",
@@ -83,6 +83,7 @@ def draw(rows: list[dict[str, Any]]) -> Figure:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--lr", type=float, default=20.0)
     parser.add_argument("--cells", nargs="+", choices=CELLS, default=list(CELLS))
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
@@ -93,8 +94,8 @@ def main() -> None:
         running: list[subprocess.Popen[bytes]] = []
         while waiting or running:
             while waiting and len(running) < (os.cpu_count() or 1):
-                call = command(waiting.pop(0), options.steps, folder)
-                running.append(subprocess.Popen(call, env=environment))
+                call = command(waiting.pop(0), options.steps, options.lr, folder)
+                running.append(subprocess.Popen(call, env=environment, stdout=subprocess.DEVNULL))
             if running.pop(0).wait() != 0:
                 raise SystemExit("a training failed, see above")
         rows = [read(cell, folder) for cell in options.cells]
@@ -104,7 +105,7 @@ def main() -> None:
             if plain is not None:
                 row["perplexity_ratio"] = row["val_perplexity"] / plain["val_perplexity"]
         print({key: value for key, value in row.items() if key != "curve"})
-    print(measure.write("ptb_perplexity", rows, steps=options.steps))
+    print(measure.write("ptb_perplexity", rows, steps=options.steps, lr=options.lr))
     draw(rows).savefig("recipes/ptb/curve.png", dpi=100)
 
 

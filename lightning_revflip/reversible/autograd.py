@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lightning_revflip.reversible.cells import Cell
 from lightning_revflip.reversible.products import Products
@@ -72,10 +71,16 @@ class ReversibleLayer(torch.autograd.Function):
             return out, *state.floats(layer.dtype)
 
     @staticmethod
-    @once_differentiable
     def backward(
         ctx: Any, grad_out: Tensor | None, *grad_final: Tensor | None
     ) -> tuple[Tensor | None, ...]:
+        # torch's once_differentiable lets the second pass through in silence where the incoming
+        # gradient does not require one.
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "double backward through a reversible layer is not supported: its gradient cannot "
+                "be differentiated again (create_graph=True). Use nn.GRU or nn.LSTM for this."
+            )
         settings: Settings = ctx.settings
         x, weight_ih, weight_hh, bias, *rest = _saved(ctx)
         initial, compact = rest[: ctx.given], rest[ctx.given :]
@@ -93,7 +98,7 @@ class ReversibleLayer(torch.autograd.Function):
                 part = None if grad_out is None else grad_out[chunk.start : chunk.stop]
                 grad_rows = layer.differentiate_chunk(chunk, rows, steps, part, grads)
                 if grad_x is not None:
-                    target = grad_x.view(-1, grad_x.shape[-1])
+                    target = grad_x.flatten(0, -2)
                     target[chunk.start : chunk.stop] = grad_rows
             state.check_is(_initial_state(settings, x, initial))
             states = [torch.cat(pair, dim=1) for pair in zip(*grads.states, strict=True)]

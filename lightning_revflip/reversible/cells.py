@@ -93,10 +93,10 @@ class Cell(ABC, Generic[Gates]):
 
     def __init__(self, hidden_size: int, max_forget_bits: float | None) -> None:
         if hidden_size <= 0 or hidden_size % 2:
+            advice = f" Use {hidden_size - 1} or {hidden_size + 1}." if hidden_size > 2 else ""
             raise ValueError(
                 f"hidden_size must be positive and even for {self.name} (the state is split in "
-                f"two halves), got {hidden_size}. "
-                f"Use {max(2, hidden_size - 1)} or {max(2, hidden_size + 1)}."
+                f"two halves), got {hidden_size}.{advice}"
             )
         if max_forget_bits is not None and not max_forget_bits >= 0:
             raise ValueError(

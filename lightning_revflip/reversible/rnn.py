@@ -185,7 +185,7 @@ class ReversibleRNNBase(nn.RNNBase):
             if input.unsorted_indices is not None:
                 finals = [state.index_select(1, input.unsorted_indices) for state in finals]
             return input._replace(data=out), finals
-        out = out.view(*x.shape[:2], -1)
+        out = out.view(*x.shape[:2], out.shape[-1])
         if self.batch_first:
             out = out.transpose(0, 1)
         if not batched:
@@ -251,14 +251,20 @@ class ReversibleRNNBase(nn.RNNBase):
         if not batch_sizes:
             raise ValueError(f"{self.cell.name} needs at least one time step, got none.")
         weight = self.weight_ih_l0
-        if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        autocast = torch.is_autocast_enabled(x.device.type)
+        if x.dtype != weight.dtype and not autocast:
             raise ValueError(
                 f"{self.cell.name} has weights of {weight.dtype}, got an input of {x.dtype}. "
                 "Convert one of them, or run under autocast."
             )
         shape = (len(self._layers()), batch_sizes[0], self.hidden_size)
         growth = self.cell.growth(len(batch_sizes))
+        allowed = {x.dtype, torch.promote_types(x.dtype, torch.float32)}
         for name, state in zip(("h_0", "c_0"), given, strict=False):
+            if not autocast and state.dtype not in allowed:
+                raise ValueError(
+                    f"{name} must have the dtype of the input, {x.dtype}, got {state.dtype}."
+                )
             if tuple(state.shape) != shape:
                 raise ValueError(
                     f"{name} must have shape (layers * directions, batch, hidden_size) = {shape} "
@@ -274,7 +280,7 @@ def _products(x: Tensor) -> Products:
     device, dtype = x.device.type, x.dtype
     if torch.is_autocast_enabled(device) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
-    return Products(dtype, onednn_available(x.device, dtype))
+    return Products(dtype, x.numel() > 0 and onednn_available(x.device, dtype))
 
 
 class RevGRU(ReversibleRNNBase, nn.GRU):
@@ -340,6 +346,9 @@ class RevGRU(ReversibleRNNBase, nn.GRU):
             Output (steps, batch, directions * hidden_size) in the layout of the input, and the
             final state in the shape of `hx`.
         """
+        given: Any = hx
+        if isinstance(given, tuple | list):
+            raise ValueError("RevGRU takes one initial state h_0, got a tuple; RevLSTM takes two.")
         output, (h_n,) = self._run(input, [] if hx is None else [hx])
         return output, h_n
 
@@ -372,5 +381,9 @@ class RevLSTM(ReversibleRNNBase, nn.LSTM):
 
         As `RevGRU.forward`, with `hx = (h_0, c_0)` and `(h_n, c_n)`, each of the shape given there.
         """
+        given: Any = hx
+        if hx is not None and (isinstance(given, Tensor) or len(hx) != 2):
+            found = "one tensor" if isinstance(given, Tensor) else f"{len(hx)} tensors"
+            raise ValueError(f"RevLSTM takes the initial state (h_0, c_0), got {found}.")
         output, (h_n, c_n) = self._run(input, [] if hx is None else list(hx))
         return output, (h_n, c_n)
