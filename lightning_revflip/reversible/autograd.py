@@ -149,7 +149,8 @@ def _zero_gradients(layer: LayerSweep, grad_final: tuple[Tensor | None, ...]) ->
         else grad.to(layer.dtype, copy=True)
         for grad in grad_final
     ]
-    states = [list(parts) for parts in zip(*(grad.chunk(2, dim=1) for grad in finals), strict=True)]
+    halves = [[part.contiguous() for part in grad.chunk(2, dim=1)] for grad in finals]
+    states = [list(parts) for parts in zip(*halves, strict=True)]
     bias = None if layer.bias is None else zeros(layer.bias)
     return Gradients(zeros(layer.weight_ih), zeros(layer.weight_hh), bias, states)
 

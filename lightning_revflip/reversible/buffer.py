@@ -65,8 +65,10 @@ class WordStream:
         return self._size + self._pending_words
 
     def push(self, words: Tensor) -> None:
-        """Append float64 integers in 0..65535, shape (count,)."""
-        self._pending.append((words - _SIGN).to(torch.int16))
+        """Append words, shape (count,): int16, or float64 integers in 0..65535."""
+        if words.dtype != torch.int16:
+            words = (words - _SIGN).to(torch.int16)
+        self._pending.append(words)
         self._pending_words += words.numel()
 
     def pop(self, count: int) -> Tensor:
@@ -75,13 +77,21 @@ class WordStream:
         Raises:
             IndexError: if fewer are left.
         """
+        words = self.top()
+        if count > len(words):
+            raise IndexError(f"the word stream holds {len(words)} words, {count} were asked for")
+        self.drop(count)
+        return words[len(words) - count :].double().add_(_SIGN)
+
+    def top(self) -> Tensor:
+        """All words, shape (len(self),), int16: 0 is stored as -32768."""
         if self._pending:
             self.pack()
-        if count > self._size:
-            raise IndexError(f"the word stream holds {self._size} words, {count} were asked for")
-        words = self._packed[self._size - count : self._size]
+        return self._packed[: self._size]
+
+    def drop(self, count: int) -> None:
+        """Take the last `count` words off."""
         self._size -= count
-        return words.double().add_(_SIGN)
 
     def pack(self) -> Tensor:
         """The words, shape (len(self),), int16, in a tensor of exactly that size."""

@@ -110,8 +110,12 @@ class Cell(ABC, Generic[Gates]):
         self.max_forget_bits = max_forget_bits
         self.forgets = max_forget_bits != 0
         self.fixed_point = FixedPoint(self._fraction_bits)
-        self._floor = 0.0 if max_forget_bits is None else 2.0**-max_forget_bits
-        self._lowest = lowest_gate(max_forget_bits)
+        self.floor = 0.0 if max_forget_bits is None else 2.0**-max_forget_bits
+        """Lower limit of a forget gate before rounding."""
+        self.lowest = lowest_gate(max_forget_bits)
+        """Lower limit of 1024 times a forget gate."""
+        self.slope = 1.0 - self.floor if self.forgets else 1.0
+        """Derivative of a forget gate by the sigmoid in it."""
 
     @property
     @abstractmethod
@@ -146,14 +150,13 @@ class Cell(ABC, Generic[Gates]):
         """Limit and round sigmoid outputs, shape (rows, any); unchanged without forgetting."""
         if not self.forgets:
             return ForgetGate(sigmoid, sigmoid)
-        scaled = sigmoid * (GATE_ONE * (1.0 - self._floor))
-        scaled.add_(GATE_ONE * self._floor).round_().clamp_(self._lowest, GATE_ONE - 1)
+        scaled = sigmoid * (GATE_ONE * self.slope)
+        scaled.add_(GATE_ONE * self.floor).round_().clamp_(self.lowest, GATE_ONE - 1)
         return ForgetGate(sigmoid, scaled.mul_(1.0 / GATE_ONE))
 
     def forget_gate_gradient(self, gate: ForgetGate, grad: Tensor) -> Tensor:
         """Gradient of what went into the sigmoid; `grad` is overwritten."""
-        scale = 1.0 - self._floor if self.forgets else 1.0
-        return grad.mul_(gate.sigmoid).mul_(1.0 - gate.sigmoid).mul_(scale)
+        return grad.mul_(gate.sigmoid).mul_(1.0 - gate.sigmoid).mul_(self.slope)
 
     def output(self, state: Tensor, dtype: torch.dtype) -> Tensor:
         """The visible part h of a half's state, as floats of shape (rows, half), contiguous."""

@@ -26,18 +26,23 @@ class FixedPoint:
     fraction_bits: int
 
     @property
+    def one(self) -> float:
+        """The integer that stands for 1."""
+        return float(1 << self.fraction_bits)
+
+    @property
     def limit(self) -> float:
         """Magnitude that no representable number reaches."""
         return float(2 ** (31 - self.fraction_bits))
 
     def from_float(self, x: Tensor) -> Tensor:
         """Round floats of any shape to fixed-point numbers (ties to even), as float64 integers."""
-        return (x.double() * float(1 << self.fraction_bits)).round_()
+        return (x.double() * self.one).round_()
 
     def to_float(self, fixed: Tensor, dtype: torch.dtype) -> Tensor:
         """The value of fixed-point numbers of any shape, rounded to `dtype`."""
         # Multiplying by a power of two is exact, so only the conversion to dtype rounds.
-        return fixed.double().mul(1.0 / (1 << self.fraction_bits)).to(dtype)
+        return fixed.double().mul(1.0 / self.one).to(dtype)
 
     def check(self, x: Tensor, name: str, growth: float = 0.0) -> None:
         """Raise unless every |x| + growth is representable.

@@ -13,6 +13,7 @@ from typing_extensions import Self
 
 from lightning_revflip.reversible.autograd import Settings, reversible_layer
 from lightning_revflip.reversible.cells import Cell, RevGRUCell, RevLSTMCell
+from lightning_revflip.reversible.kernels import fastest
 from lightning_revflip.reversible.products import Products, onednn_available
 from lightning_revflip.reversible.report import Pass
 from lightning_revflip.reversible.schedule import Schedule
@@ -196,6 +197,7 @@ class ReversibleRNNBase(nn.RNNBase):
         self, x: Tensor, batch_sizes: list[int], given: list[Tensor]
     ) -> tuple[Tensor, list[Tensor]]:
         products = _products(x)
+        cell = fastest(self.cell, x.device, products.dtype)
         chunk_steps = self.chunk_steps or max(1, _ROWS_PER_CHUNK // max(1, batch_sizes[0]))
         self.last_passes = {}
         outputs: list[Tensor] = []
@@ -215,7 +217,7 @@ class ReversibleRNNBase(nn.RNNBase):
             initial = [state[index] for state in given]
             tensors = [x, weight_ih, weight_hh, bias, *initial]
             settings = Settings(
-                self.cell,
+                cell,
                 Schedule(batch_sizes, chunk_steps, suffix.endswith("_reverse")),
                 products,
                 store=torch.is_grad_enabled()
@@ -381,9 +383,9 @@ class RevLSTM(ReversibleRNNBase, nn.LSTM):
 
         As `RevGRU.forward`, with `hx = (h_0, c_0)` and `(h_n, c_n)`, each of the shape given there.
         """
-        given: Any = hx
-        if hx is not None and (isinstance(given, Tensor) or len(hx) != 2):
-            found = "one tensor" if isinstance(given, Tensor) else f"{len(hx)} tensors"
+        given: Any = () if hx is None else hx
+        if isinstance(given, Tensor) or len(given) not in (0, 2):
+            found = "one tensor" if isinstance(given, Tensor) else f"{len(given)} tensors"
             raise ValueError(f"RevLSTM takes the initial state (h_0, c_0), got {found}.")
-        output, (h_n, c_n) = self._run(input, [] if hx is None else list(hx))
+        output, (h_n, c_n) = self._run(input, list(given))
         return output, (h_n, c_n)

@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
+from lightning_revflip.reversible.kernels import torch_only
+from lightning_revflip.reversible.kernels.native import sigmoid
 from tests.helpers.exact_arithmetic import ExactArithmetic
 from tests.helpers.passes import (
     CELLS,
@@ -163,12 +165,17 @@ def test_gradient_of_a_single_step_agrees(cell):
 
 @pytest.mark.parametrize("bits", [3, None])
 @pytest.mark.parametrize("cell", CELLS)
-def test_float32_gradients_agree_at_seventy_steps_and_three_hundred_units(cell, bits):
+@pytest.mark.parametrize("implementation", ["torch", "native"])
+def test_float32_gradients_agree_at_seventy_steps_and_three_hundred_units(
+    cell, bits, implementation
+):
     rnn = make(cell, 200, 300, max_forget_bits=bits)
     x = normal(70, 20, 200).requires_grad_()
     with ExitStack() as stack:
         stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
-        stack.enter_context(ExactArithmetic())
+        if implementation == "torch":
+            stack.enter_context(torch_only())
+        stack.enter_context(ExactArithmetic(sigmoid if implementation == "native" else None))
         assert_agrees(rnn, x, initial_states(rnn, 20), tolerance=1e-5)
 
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch.nn.utils.rnn import pack_padded_sequence
 
 from lightning_revflip.reversible import ReversalError
+from lightning_revflip.reversible.kernels import torch_only
 from tests.helpers.passes import (
     CELLS,
     call,
@@ -76,6 +77,7 @@ def passes(draw):
         "max_forget_bits": draw(st.sampled_from(BITS) | st.floats(0.01, 12)),
         "chunk_steps": draw(st.none() | st.integers(1, 50)),
         "seed": draw(st.integers(0, 1000)),
+        "torch_only": draw(st.booleans()),
     }
 
 
@@ -89,7 +91,8 @@ def test_backward_recovers_the_initial_state_bit_for_bit(case):
     shape = (case["steps"], case["batch"], case["features"])
     x = case["scale"] * normal(*shape, seed=case["seed"], dtype=dtype)
     states = initial_states(rnn, case["batch"], 2 * case["scale"]) if case["states"] else ()
-    assert_recovers(rnn, x, states, case["lengths"], autocast=case["precision"] == "bfloat16")
+    with torch_only() if case["torch_only"] else nullcontext():
+        assert_recovers(rnn, x, states, case["lengths"], autocast=case["precision"] == "bfloat16")
 
 
 @pytest.mark.parametrize("bits", [1, None])
@@ -108,12 +111,15 @@ def test_wide_layers_are_recovered_with_either_matrix_library(cell):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("mode", ["native", "native autocast", "torch"])
 @pytest.mark.parametrize("bits", [1, 2, 3, 5, None, 0])
 @pytest.mark.parametrize("cell", CELLS)
-def test_a_thousand_steps_of_a_wide_layer_are_recovered(cell, bits, autocast):
+def test_a_thousand_steps_of_a_wide_layer_are_recovered(cell, bits, mode):
     rnn = make(cell, 200, 300, max_forget_bits=bits)
-    assert_recovers(rnn, normal(1000, 20, 200), initial_states(rnn, 20), autocast=autocast)
+    with torch_only() if mode == "torch" else nullcontext():
+        assert_recovers(
+            rnn, normal(1000, 20, 200), initial_states(rnn, 20), autocast="autocast" in mode
+        )
 
 
 @pytest.mark.parametrize("bits", [3, None])
