@@ -7,7 +7,6 @@ called through the operators that torch's compiler uses; where they are missing 
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,13 +36,21 @@ class Products:
     dtype: torch.dtype
     onednn: bool
 
-    def linear(self, x: Tensor, weight: Tensor, out_dtype: torch.dtype) -> Tensor:
-        """`x @ weight.T`: (rows, n), (m, n) -> (rows, m). `weight` may come from `pack`."""
+    def linear(
+        self, x: Tensor, weight: Tensor, out_dtype: torch.dtype, bias: Tensor | None = None
+    ) -> Tensor:
+        """`x @ weight.T + bias`: (rows, n), (m, n), (m,) -> (rows, m).
+
+        `weight` may come from `pack`; weight and bias have the dtype of the multiplication.
+        """
         x = x.to(self.dtype)
-        if self.onednn and x.numel():
-            product: Tensor = _onednn_linear(x, weight)
+        product: Tensor
+        if self.onednn:
+            product = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
         else:
             product = torch.mm(x, weight.t())
+            if bias is not None:
+                product += bias
         return product.to(out_dtype)
 
     def pack(self, weight: Tensor) -> Tensor:
@@ -62,7 +69,3 @@ class Products:
             total.addmm_(grad.t(), x)
         else:
             total += self.linear(grad.t(), x.t().to(self.dtype), total.dtype)
-
-
-def _onednn_linear(x: Tensor, weight: Tensor) -> Any:
-    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")

@@ -188,10 +188,7 @@ class LayerSweep:
 
     def _project(self, x: Tensor) -> tuple[Tensor, ...]:
         """Both halves' share of weight_ih x + bias, views of shape (chunk rows, gates * half)."""
-        projected = self.products.linear(x, self.weight_ih, self.dtype)
-        if self.bias is not None:
-            projected += self.bias
-        return projected.chunk(2, dim=1)
+        return self.products.linear(x, self.weight_ih, self.dtype, self.bias).chunk(2, dim=1)
 
     def forward_chunk(self, chunk: Chunk, x: Tensor, state: SweepState, out: Tensor) -> None:
         """Advance `state` over a chunk.
