@@ -6,6 +6,7 @@ values, which a checkpoint can hold; `apply_spec` repeats it on a fresh model, a
 """
 
 import importlib
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
@@ -63,6 +64,8 @@ def convert(
     module: nn.Module,
     rules: Mapping[type[nn.Module], Replacement],
     targets: Sequence[str | type[nn.Module]] | None = None,
+    *,
+    strict: bool = True,
     **kwargs: Any,
 ) -> ConversionSpec:
     """Replace modules in place; device, dtype, train flag and `requires_grad` are kept.
@@ -76,6 +79,7 @@ def convert(
         rules: replacement by exact type. Modules that were replaced before are left alone.
         targets: glob patterns of module paths (`"encoder.*"`) or types that choose among the
             modules that the rules cover; None: all.
+        strict: raise if a target, or without targets the whole model, has nothing to convert.
         kwargs: passed to every replacement.
 
     Returns:
@@ -83,8 +87,8 @@ def convert(
 
     Raises:
         ValueError: naming the path of a module that cannot be replaced, a target that matches
-            nothing, or the types there are if nothing is covered by the rules. The model is
-            unchanged then.
+            nothing that the rules cover, or the types there are if nothing is covered. The model
+            is unchanged then.
 
     Example:
         >>> from lightning_revflip.reversible import RevGRU
@@ -94,29 +98,21 @@ def convert(
         >>> model[1]
         RevGRU(8, 16, max_forget_bits=2.0)
     """
+    if isinstance(targets, str):
+        raise ValueError(f"targets must be a list of patterns or types, got {targets!r}.")
     places = _places(module)
-    chosen = [place for place in places if _is_target(place, targets)]
-    _check_targets(places, targets)
+    if strict:
+        _check_anything_to_do(module, places, rules, targets)
     built: list[tuple[_Place, nn.Module, Conversion]] = []
-    for place in chosen:
-        rule = _rule(place, rules)
+    for place in places:
+        rule = _rule(place, rules) if _is_target(place, targets) else None
         if rule is None:
-            if targets is not None and not _is_replacement(place.module, rules):
-                covered = ", ".join(kind.__name__ for kind in rules)
-                raise ValueError(
-                    f"{place.name} is a {type(place.module).__name__}, which no rule covers "
-                    f"(rules: {covered}). Leave it out of targets."
-                )
             continue
+        _check_replaceable(place, places)
         conversion = Conversion(
             place.paths, _importable(type(place.module)), _importable(rule), dict(kwargs)
         )
         built.append((place, _build(place, rule, kwargs), conversion))
-    if not built and not any(_is_replacement(place.module, rules) for place in chosen):
-        raise ValueError(
-            f"{type(module).__name__} holds no {' or '.join(kind.__name__ for kind in rules)} to "
-            f"convert. It holds: {', '.join(sorted({type(p.module).__name__ for p in places}))}."
-        )
     for place, replacement, _ in built:
         _put(module, place.paths, replacement)
     spec = ConversionSpec([conversion for _, _, conversion in built])
@@ -127,12 +123,17 @@ def convert(
 def apply_spec(module: nn.Module, spec: ConversionSpec) -> None:
     """Repeat on a fresh model what `convert` did to another one of the same structure.
 
+    What was done to this model before, with the same arguments, is not done again.
+
     Raises:
         ValueError: if a path is missing, or holds a module of another type.
     """
+    done = []
     for conversion in spec.conversions:
         found = dict(module.named_modules(remove_duplicate=False))
         source = _import(conversion.source)
+        if conversion in recorded_spec(module).conversions:
+            continue
         for path in conversion.paths:
             if type(found.get(path)) is not source:
                 raise ValueError(
@@ -143,7 +144,8 @@ def apply_spec(module: nn.Module, spec: ConversionSpec) -> None:
         place = _Place(conversion.paths, found[conversion.paths[0]])
         replacement = _build(place, _import(conversion.replacement), conversion.kwargs)
         _put(module, conversion.paths, replacement)
-    _record(module, spec)
+        done.append(conversion)
+    _record(module, ConversionSpec(done))
 
 
 def recorded_spec(module: nn.Module) -> ConversionSpec:
@@ -169,20 +171,31 @@ def load_from_checkpoint(cls: type[M], path: str | Path | IO[bytes], **kwargs: A
     Raises:
         ValueError: if the model does not have the structure that was converted.
     """
+    own = vars(cls).get("on_load_checkpoint")
 
-    class Converted(cls):  # type: ignore[valid-type, misc]
-        # Lightning calls this after `configure_model` and before it loads the weights.
-        def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-            for state in checkpoint.get("callbacks", {}).values():
-                if isinstance(state, Mapping) and SPEC_KEY in state:
-                    apply_spec(self, ConversionSpec.from_dict(state[SPEC_KEY]))
-            cls.on_load_checkpoint(self, checkpoint)  # type: ignore[attr-defined]
+    # Lightning calls this after `configure_model` and before it loads the weights.
+    def convert_first(self: Any, checkpoint: dict[str, Any]) -> None:
+        for state in checkpoint.get("callbacks", {}).values():
+            if isinstance(state, Mapping) and SPEC_KEY in state:
+                apply_spec(self, ConversionSpec.from_dict(state[SPEC_KEY]))
+        original(self, checkpoint)
 
-    Converted.__name__ = cls.__name__
-    Converted.__qualname__ = cls.__qualname__
-    model = Converted.load_from_checkpoint(path, **kwargs)
-    model.__class__ = cls
-    return model  # type: ignore[no-any-return]
+    # A subclass with this hook would be simpler, but Lightning blocks checkpoints of its CLI, which
+    # name their class, for any other class.
+    with _loading:
+        loadable: Any = cls
+        original = loadable.on_load_checkpoint
+        loadable.on_load_checkpoint = convert_first
+        try:
+            return loadable.load_from_checkpoint(path, **kwargs)  # type: ignore[no-any-return]
+        finally:
+            if own is None:
+                del loadable.on_load_checkpoint
+            else:
+                loadable.on_load_checkpoint = own
+
+
+_loading = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -215,13 +228,29 @@ def _matches(place: _Place, target: str | type[nn.Module]) -> bool:
     return isinstance(place.module, target)
 
 
-def _check_targets(places: list[_Place], targets: Sequence[str | type[nn.Module]] | None) -> None:
-    if isinstance(targets, str):
-        raise ValueError(f"targets must be a list of patterns or types, got {targets!r}.")
+def _check_anything_to_do(
+    module: nn.Module,
+    places: list[_Place],
+    rules: Mapping[type[nn.Module], Replacement],
+    targets: Sequence[str | type[nn.Module]] | None,
+) -> None:
+    """Raise if a target, or without targets the model, holds nothing that the rules concern."""
+    kinds = " or ".join(kind.__name__ for kind in rules)
+    unsupported = [kind for rule in rules.values() for kind in getattr(rule, "unsupported", ())]
+    concerned = [place for place in places if isinstance(place.module, (*rules, *unsupported))]
+    concerned += [place for place in places if _is_replacement(place.module, rules)]
+    if targets is None and not concerned:
+        raise ValueError(
+            f"{type(module).__name__} holds no {kinds} to convert. It holds: "
+            f"{', '.join(sorted({type(place.module).__name__ for place in places}))}."
+        )
     for target in targets or []:
-        if not any(_matches(place, target) for place in places):
-            paths = ", ".join(path for place in places for path in place.paths if path)
-            raise ValueError(f"target {target!r} matches no module. There are: {paths}.")
+        if not any(_matches(place, target) for place in concerned):
+            paths = ", ".join(path for place in concerned for path in place.paths) or "none"
+            raise ValueError(
+                f"target {target!r} matches no {kinds}. There are: {paths}. "
+                'A pattern matches whole paths: "encoder.*" means all below encoder.'
+            )
 
 
 def _rule(place: _Place, rules: Mapping[type[nn.Module], Replacement]) -> Replacement | None:
@@ -229,7 +258,6 @@ def _rule(place: _Place, rules: Mapping[type[nn.Module], Replacement]) -> Replac
     module = place.module
     rule = rules.get(parametrize.type_before_parametrizations(module))
     if rule is not None:
-        _check_replaceable(place)
         return rule
     if _is_replacement(module, rules):
         return None
@@ -248,22 +276,44 @@ def _is_replacement(module: nn.Module, rules: Mapping[type[nn.Module], Replaceme
     return any(isinstance(rule, type) and isinstance(module, rule) for rule in rules.values())
 
 
-def _check_replaceable(place: _Place) -> None:
-    module = place.module
+def _check_replaceable(place: _Place, places: list[_Place]) -> None:
+    """Raise if replacing this module would lose something."""
+    module, kind = place.module, type(place.module).__name__
     if place.paths[0] == "":
         raise ValueError(
-            f"the model itself is a {type(module).__name__}, and a module cannot replace itself in "
-            "place. Wrap it, for example in nn.Sequential or a LightningModule, or build the "
-            "replacement directly."
+            f"the model itself is a {kind}, and a module cannot replace itself in place. Wrap it, "
+            "for example in nn.Sequential or a LightningModule, or build the replacement directly."
         )
     if parametrize.is_parametrized(module):
         raise ValueError(f"{place.name} is parametrized. Convert it first, then parametrize it.")
-    hooks = [name for name, value in vars(module).items() if name.endswith("hooks") and value]
+    owners = [module, *module.parameters()]
+    hooks = {
+        name
+        for owner in owners
+        for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", *_OTHER_HOOKS)
+        if getattr(owner, name, None)
+    }
     if hooks:
         raise ValueError(
-            f"{place.name} has hooks ({', '.join(hooks)}), which its replacement would lose. "
-            "Register them after the conversion."
+            f"{place.name} has hooks ({', '.join(sorted(hooks))}), which its replacement would "
+            "lose. Register them after the conversion."
         )
+    own = {id(parameter) for parameter in module.parameters()}
+    for other in places:
+        direct = other.module.parameters(recurse=False)
+        if other.module is not module and any(id(parameter) in own for parameter in direct):
+            raise ValueError(
+                f"{place.name} shares parameters with {other.name}, which its replacement would "
+                "not. Untie them, or leave it out by naming the modules to convert in targets."
+            )
+    if own and not any(parameter.requires_grad for parameter in module.parameters()):
+        raise ValueError(
+            f"{place.name} is frozen (requires_grad=False): its replacement would stay at random "
+            "weights. Leave it out by naming the modules to convert in targets."
+        )
+
+
+_OTHER_HOOKS = ("_backward_pre_hooks", "_post_accumulate_grad_hooks", "_state_dict_hooks")
 
 
 def _build(place: _Place, rule: Replacement, kwargs: Mapping[str, Any]) -> nn.Module:

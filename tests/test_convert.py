@@ -74,9 +74,10 @@ def test_the_device_is_kept() -> None:
 
 def test_patterns_and_types_choose_the_targets() -> None:
     by_pattern, by_type = Model(), Model()
-    convert(by_pattern, RULES, targets=["stack.*[0-9]", "enc*"][1:])
+    convert(by_pattern, RULES, targets=["stack.*", "enc*"])
     convert(by_type, RULES, targets=[nn.LSTM])
     assert [type(m) for m in (by_pattern.encoder, by_pattern.again)] == [RevGRU, nn.LSTM]
+    assert [type(m) for m in by_pattern.stack] == [nn.Linear, RevGRU]
     assert [type(m) for m in (by_type.encoder, by_type.again)] == [nn.GRU, RevLSTM]
 
 
@@ -155,16 +156,44 @@ def test_a_parametrized_or_hooked_layer_is_refused() -> None:
         convert(hooked, RULES)
 
 
+def test_tied_and_frozen_layers_are_refused() -> None:
+    tied = Model()
+    tied.stack[1] = nn.GRU(4, 6)
+    tied.stack.append(nn.GRU(6, 6))
+    tied.stack[2].weight_hh_l0 = tied.stack[1].weight_hh_l0
+    with pytest.raises(ValueError, match="'stack.1' shares parameters with 'stack.2'"):
+        convert(tied, RULES)
+    frozen = Model()
+    frozen.encoder.requires_grad_(False)
+    with pytest.raises(ValueError, match="'encoder' is frozen .* would stay at random weights"):
+        convert(frozen, RULES)
+    watched = Model()
+    watched.encoder.weight_hh_l0.register_hook(lambda grad: grad)
+    with pytest.raises(ValueError, match=r"'encoder' has hooks \(_backward_hooks\)"):
+        convert(watched, RULES)
+
+
+def test_a_spec_is_not_applied_twice() -> None:
+    model = Model()
+    first = convert(model, RULES, targets=["encoder"])
+    both = first + convert(model, RULES, targets=["stack.*"], max_forget_bits=1.0)
+    twin = Model()
+    apply_spec(twin, first)
+    apply_spec(twin, both)
+    assert str(twin) == str(model)
+    assert recorded_spec(twin) == both
+
+
 def test_a_model_that_is_itself_a_gru_is_refused() -> None:
     with pytest.raises(ValueError, match="the model itself is a GRU, .* Wrap it"):
         convert(nn.GRU(4, 4), RULES)
 
 
 def test_targets_that_match_nothing_or_no_rule_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"target 'dec' matches no module. There are: encoder, de"):
-        convert(Model(), RULES, targets=["encoder", "dec"])
-    with pytest.raises(ValueError, match=r"'stack\.0' is a Linear, which no rule covers"):
-        convert(Model(), RULES, targets=["stack.0"])
+    for target in ("dec", "stack.0"):
+        message = f"target '{target}' matches no GRU or LSTM. There are: encoder, decoder.shared, "
+        with pytest.raises(ValueError, match=message):
+            convert(Model(), RULES, targets=["encoder", target])
     with pytest.raises(ValueError, match="targets must be a list of patterns or types, got 'enc'"):
         convert(Model(), RULES, targets="enc")
 
@@ -202,6 +231,26 @@ def test_a_checkpoint_of_a_converted_model_loads_into_the_plain_class(
     for name, value in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], value), name
     assert torch.equal(loaded(torch.arange(6)[None]), model(torch.arange(6)[None]))
+
+
+def test_a_checkpoint_of_the_command_line_loads(tmp_path) -> None:
+    from lightning_revflip.callbacks import ReversibleRNN
+
+    model = Tagger()
+    trainer = quiet_trainer(tmp_path, callbacks=[ReversibleRNN(max_forget_bits=2.0)])
+    trainer.fit(model, loader())
+    trainer.save_checkpoint(tmp_path / "model.ckpt")
+    checkpoint = torch.load(tmp_path / "model.ckpt", weights_only=False)
+    checkpoint["hyper_parameters"] = {  # as LightningCLI saves them in subclass mode
+        "_class_path": f"{Tagger.__module__}.Tagger",
+        "_instantiator": "lightning.pytorch.cli.instantiate_module",
+        "init_args": {"rnn": "LSTM"},
+    }
+    torch.save(checkpoint, tmp_path / "cli.ckpt")
+    own = vars(Tagger).get("on_load_checkpoint")
+    loaded = load_from_checkpoint(Tagger, tmp_path / "cli.ckpt")
+    assert str(loaded.rnn) == str(model.rnn)
+    assert vars(Tagger).get("on_load_checkpoint") is own
 
 
 def test_a_checkpoint_without_conversions_loads_as_usual(tmp_path) -> None:

@@ -20,7 +20,7 @@ class MemoryMonitor(Callback):
       callback resets the allocator's peak statistics);
     - `memory/saved_for_backward_bytes` elsewhere: bytes that autograd keeps for the backward pass,
       without parameters and buffers; each storage counts once. Reversible layers keep their
-      buffers that way, so these are included;
+      buffers that way, so these are included. Counted until the first backward pass of the batch;
     - with reversible layers, of their last call: `reversible/bits_per_unit_step`,
       `reversible/stored_bits`, `reversible/kept_bytes`, `reversible/savings` (kept bytes against
       those of nn.GRU and nn.LSTM), and `reversible/bits_per_unit_step/<layer>`.
@@ -39,6 +39,7 @@ class MemoryMonitor(Callback):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
+        self._stop()  # a batch that the module skipped has no end
         if not trainer._logger_connector.should_update_logs:
             return
         if pl_module.device.type == "cuda":
@@ -70,11 +71,13 @@ class MemoryMonitor(Callback):
         self._saved = None
         pl_module.log_dict(values | _reversible_values(pl_module), batch_size=1)
 
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._stop()
+
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         self._stop()
-        self._saved = None
 
     def _stop(self) -> None:
         if self._saved is not None and self._saved.active:

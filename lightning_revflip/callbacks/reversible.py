@@ -6,7 +6,7 @@ from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
@@ -32,9 +32,9 @@ class ReversibleRNN(Callback):
     load them by `lightning_revflip.convert.load_from_checkpoint`.
 
     Does not work with nn.RNN, cells (nn.GRUCell, nn.LSTMCell), `proj_size`, subclasses of nn.GRU
-    and nn.LSTM, and odd hidden sizes: `setup` raises and names the layer. A `WeightAveraging`
-    callback must come after this one in the Trainer's list, and strategies that spawn or fork need
-    a model that was converted before; otherwise `setup` raises.
+    and nn.LSTM, and odd hidden sizes: `setup` raises and names the layer. Callbacks
+    that average weights must come after this one in the Trainer's list, and strategies that spawn
+    or fork need a model that was converted before; otherwise `setup` raises.
 
     Args:
         max_forget_bits: how much a unit may forget per step: a number of bits, or None for no
@@ -45,8 +45,8 @@ class ReversibleRNN(Callback):
 
     Raises:
         ValueError: in `setup`, if there is nothing to convert or something cannot be.
-        MisconfigurationException: in `setup`, if `WeightAveraging` comes first or the strategy
-            spawns.
+        MisconfigurationException: in `setup`, if a callback that averages weights comes first, or
+            the strategy spawns.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -88,12 +88,11 @@ class ReversibleRNN(Callback):
             _run_after(pl_module, hook, functools.partial(self._convert, pl_module, more_to_come))
 
     def _convert(self, pl_module: LightningModule, more_to_come: bool) -> None:
-        if more_to_come and not any(type(part) in _RULES for part in pl_module.modules()):
-            return
         spec = convert(
             pl_module,
             _RULES,
             self.targets,
+            strict=not more_to_come,
             max_forget_bits=self.max_forget_bits,
             chunk_steps=self.chunk_steps,
         )
@@ -105,11 +104,13 @@ class ReversibleRNN(Callback):
     def _check_order(self, trainer: Trainer) -> None:
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         before = callbacks[: callbacks.index(self)]
-        if any(isinstance(callback, WeightAveraging) for callback in before):
-            raise MisconfigurationException(
-                "WeightAveraging copies the model in `setup`, so ReversibleRNN must convert it "
-                "before that. Put ReversibleRNN before WeightAveraging in the list of callbacks."
-            )
+        for callback in before:
+            if isinstance(callback, WeightAveraging | StochasticWeightAveraging):
+                name = type(callback).__name__
+                raise MisconfigurationException(
+                    f"{name} copies the model in `setup`, so ReversibleRNN must convert it before "
+                    f"that. Put ReversibleRNN before {name} in the list of callbacks."
+                )
 
     def _check_launcher(self, trainer: Trainer, pl_module: LightningModule) -> None:
         spawned = isinstance(trainer.strategy.launcher, _MultiProcessingLauncher)

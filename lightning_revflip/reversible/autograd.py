@@ -7,6 +7,7 @@ raised. Autocast is off in both passes; the precision of matrix products is chos
 caller, so a different autocast state around `backward()` changes nothing.
 """
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -61,14 +62,14 @@ class ReversibleLayer(torch.autograd.Function):
                 rows = out[chunk.start : chunk.stop]
                 layer.forward_chunk(chunk, chunk.rows(x), state, rows)
             if not layer.is_finite(state):
-                _raise_not_finite(x, weight_ih, weight_hh)
+                _raise_not_finite(x, weight_ih, weight_hh, bias)
             settings.on_forward(layer, state)
             if settings.store:
                 ctx.settings = settings
                 ctx.given = len(initial)
                 ctx.save_for_backward(x, weight_ih, weight_hh, bias, *initial, *state.compact())
                 ctx.set_materialize_grads(False)
-            return out, *state.floats(layer.dtype)
+            return out, *state.floats(weight_ih.dtype)
 
     @staticmethod
     def backward(
@@ -114,7 +115,13 @@ class ReversibleLayer(torch.autograd.Function):
 
 def reversible_layer(settings: Settings, *tensors: Tensor | None) -> tuple[Tensor, ...]:
     """`ReversibleLayer.apply`, typed."""
-    outputs: tuple[Tensor, ...] = ReversibleLayer.apply(settings, *tensors)  # type: ignore[no-untyped-call]
+    apply: Any = ReversibleLayer.apply
+    if "torch._dynamo" in sys.modules:
+        # A compiler would fuse gates differently in the two passes, and reversal be inexact. The
+        # decorator would import it, which takes 2 s.
+        disable: Any = torch.compiler.disable
+        apply = disable(apply)
+    outputs: tuple[Tensor, ...] = apply(settings, *tensors)
     return outputs
 
 
@@ -164,11 +171,13 @@ def _saved(ctx: Any) -> tuple[Any, ...]:
         raise
 
 
-def _raise_not_finite(x: Tensor, weight_ih: Tensor, weight_hh: Tensor) -> None:
-    named = {"the input": x, "weight_ih": weight_ih, "weight_hh": weight_hh}
-    found = [name for name, tensor in named.items() if not tensor.isfinite().all()]
+def _raise_not_finite(x: Tensor, weight_ih: Tensor, weight_hh: Tensor, bias: Tensor | None) -> None:
+    named = {"the input": x, "weight_ih": weight_ih, "weight_hh": weight_hh, "a bias": bias}
+    found = [
+        name for name, tensor in named.items() if tensor is not None and not tensor.isfinite().all()
+    ]
     raise ValueError(
         f"a reversible recurrence needs finite numbers, got NaN or infinity in "
-        f"{' and '.join(found) or 'the gates (overflow in a matrix product, or in a bias)'}. "
+        f"{' and '.join(found) or 'the gates (overflow in a matrix product)'}. "
         "Training has most likely diverged: lower the learning rate or clip gradients."
     )

@@ -98,10 +98,11 @@ class Cell(ABC, Generic[Gates]):
                 f"hidden_size must be positive and even for {self.name} (the state is split in "
                 f"two halves), got {hidden_size}.{advice}"
             )
-        if max_forget_bits is not None and not max_forget_bits >= 0:
+        number = isinstance(max_forget_bits, int | float) and not isinstance(max_forget_bits, bool)
+        if max_forget_bits is not None and not (number and max_forget_bits >= 0):
             raise ValueError(
                 "max_forget_bits must be a number >= 0, or None for no limit, "
-                f"got {max_forget_bits}."
+                f"got {max_forget_bits!r}."
             )
         if max_forget_bits is not None and math.isinf(max_forget_bits):
             max_forget_bits = None

@@ -81,7 +81,7 @@ class LayerReport:
             float_state_bits=8 * last.element_size * unit_steps,
             kept_bytes=stored // 8 + final_state if last.stored else 0,
             standard_bytes=last.rows * cell.hidden_size * floats * last.element_size,
-            chunk_bytes=chunk * last.element_size if last.stored else 0,
+            chunk_bytes=chunk * max(4, last.element_size) if last.stored else 0,
             gate_counts=counts,
         )
 
@@ -151,6 +151,8 @@ class MemoryReport:
                 f"{layer.name:<24}{layer.bits_per_unit_step:>15.3f}{_size(layer.kept_bytes):>12}"
                 f"{_size(layer.standard_bytes):>12}{saved:>9}"
             )
+        if not self.kept_bytes:
+            return "\n".join([*lines, "nothing was stored: the last pass needed no gradients"])
         overhead = self.stored_bits / self.information_bits if self.information_bits else 1.0
         lines.append(
             f"kept {_size(self.kept_bytes)} instead of {_size(self.standard_bytes)}; buffers hold "

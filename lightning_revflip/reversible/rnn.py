@@ -1,6 +1,7 @@
 """`RevGRU` and `RevLSTM`: drop-in replacements for `nn.GRU` and `nn.LSTM`."""
 
 import math
+import warnings
 from abc import abstractmethod
 from functools import partial
 from typing import Any, ClassVar
@@ -38,6 +39,7 @@ class ReversibleRNNBase(nn.RNNBase):
         *,
         max_forget_bits: float | None = 3.0,
         chunk_steps: int | None = None,
+        proj_size: int = 0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -47,6 +49,16 @@ class ReversibleRNNBase(nn.RNNBase):
                 raise ValueError(f"{name} must be positive, got {size}.")
         if not 0.0 <= dropout <= 1.0:
             raise ValueError(f"dropout must be a probability in [0, 1], got {dropout}.")
+        if dropout and num_layers == 1:
+            warnings.warn(
+                f"dropout={dropout} acts between layers, and there is only one (num_layers=1).",
+                stacklevel=2,
+            )
+        if proj_size:
+            raise ValueError(
+                f"{type(self).__name__} has no projection, got proj_size={proj_size}. "
+                "Use proj_size=0 and an nn.Linear."
+            )
         if chunk_steps is not None and chunk_steps <= 0:
             raise ValueError(f"chunk_steps must be positive or None, got {chunk_steps}.")
         self.input_size = input_size
@@ -93,11 +105,6 @@ class ReversibleRNNBase(nn.RNNBase):
         Raises:
             ValueError: if `rnn` has a projection (proj_size), or an odd hidden_size.
         """
-        if rnn.proj_size:
-            raise ValueError(
-                f"{cls.__name__} has no projection, got proj_size={rnn.proj_size}. "
-                "Use proj_size=0 and an nn.Linear."
-            )
         return cls(
             rnn.input_size,
             rnn.hidden_size,
@@ -106,6 +113,7 @@ class ReversibleRNNBase(nn.RNNBase):
             rnn.batch_first,
             rnn.dropout,
             rnn.bidirectional,
+            proj_size=rnn.proj_size,
             **kwargs,
         )
 
@@ -222,7 +230,7 @@ class ReversibleRNNBase(nn.RNNBase):
                 products,
                 store=torch.is_grad_enabled()
                 and any(t.requires_grad for t in tensors if t is not None),
-                on_forward=partial(self._record, suffix, x.element_size()),
+                on_forward=partial(self._record, suffix, products.dtype.itemsize),
             )
             out, *final = reversible_layer(settings, *tensors)
             outputs.append(out)
@@ -249,6 +257,11 @@ class ReversibleRNNBase(nn.RNNBase):
             raise ValueError(
                 f"{self.cell.name} expects inputs with {self.input_size} features in the last "
                 f"dimension (input_size={self.input_size}), got {x.shape[-1]}."
+            )
+        if x.device.type == "mps":
+            raise ValueError(
+                f"{self.cell.name} needs float64 arithmetic for exact integers, which MPS devices "
+                'do not have. Use a CPU or CUDA device (Trainer(accelerator="cpu")).'
             )
         if not batch_sizes:
             raise ValueError(f"{self.cell.name} needs at least one time step, got none.")
@@ -294,8 +307,8 @@ class RevGRU(ReversibleRNNBase, nn.GRU):
 
     Parameters carry torch's names. `weight_ih_l[k]` has shape (3 * hidden_size, input features),
     `weight_hh_l[k]` (3 * hidden_size, hidden_size / 2), rows r, z, g of the first half of the
-    units, then of the second. Matrix products follow autocast; states and gates are at least
-    float32, and so are returned final states.
+    units, then of the second. Matrix products and outputs follow autocast; gates are at least
+    float32, and final states have the dtype of the parameters.
 
     Without gradients (`torch.no_grad`, or no input that requires any) nothing is stored, and the
     outputs are the same bits.
@@ -312,6 +325,7 @@ class RevGRU(ReversibleRNNBase, nn.GRU):
             limit; 0 leaves forgetting out.
         chunk_steps: steps that are recomputed together in the backward pass; None chooses about
             256 / batch.
+        proj_size: only 0; present because nn.LSTM has it.
         device: of the parameters.
         dtype: of the parameters.
 

@@ -179,7 +179,7 @@ class LayerSweep:
             HalfWeights(half, self._sizes, self.products, self.dtype)
             for half in self.weight_hh.chunk(2, dim=0)
         ]
-        self._checksums: list[Tensor] = []
+        self._checksums = [self.weight_hh.sum(dtype=torch.float64)]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -200,7 +200,7 @@ class LayerSweep:
             out: receives h after every step, shape (chunk rows, hidden_size).
         """
         cell, projected = self.cell, self._project(x)
-        self._checksums += [half.sum(dtype=torch.float32) for half in projected]
+        self._checksums += [half.sum(dtype=torch.float64) for half in projected]
         outputs = state.outputs(self.dtype)
         forget_gates = []
         for step in chunk.steps:
@@ -223,7 +223,7 @@ class LayerSweep:
     def is_finite(self, state: SweepState) -> bool:
         """Whether all inputs and gates of the forward sweep so far were finite numbers."""
         sums = [*self._checksums, *(half.sum() for half in state.halves)]
-        return bool(torch.stack([total.double() for total in sums]).isfinite().all())
+        return bool(torch.stack(sums).isfinite().all())
 
     def undo_chunk(
         self, chunk: Chunk, x: Tensor, state: SweepState

@@ -70,6 +70,16 @@ def test_the_monitor_leaves_training_as_it_is(tmp_path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+def test_a_skipped_batch_leaves_no_hook_behind(tmp_path) -> None:
+    class Skipping(Tagger):
+        def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> int | None:
+            return -1 if batch_idx == 1 else None
+
+    trainer = quiet_trainer(tmp_path, callbacks=[MemoryMonitor()], log_every_n_steps=1)
+    trainer.fit(Skipping(), loader())
+    assert torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+
+
 def test_a_failing_step_leaves_no_hook_behind(tmp_path) -> None:
     class Failing(Tagger):
         def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:

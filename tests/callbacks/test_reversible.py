@@ -8,7 +8,7 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, seed_everything
-from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.demos.lstm import LightningLSTM
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -152,9 +152,11 @@ def test_a_strategy_that_spawns_needs_a_model_that_was_converted_before(tmp_path
 
 
 def test_weight_averaging_must_come_after(tmp_path) -> None:
-    trainer = quiet_trainer(tmp_path, callbacks=[WeightAveraging(), ReversibleRNN()])
-    with pytest.raises(MisconfigurationException, match="Put ReversibleRNN before WeightAveraging"):
-        trainer.fit(Tagger(), loader())
+    for averaging in (WeightAveraging(), StochasticWeightAveraging(swa_lrs=0.1)):
+        trainer = quiet_trainer(tmp_path, callbacks=[averaging, ReversibleRNN()])
+        message = f"Put ReversibleRNN before {type(averaging).__name__}"
+        with pytest.raises(MisconfigurationException, match=message):
+            trainer.fit(Tagger(), loader())
     model = Tagger()
     trainer = quiet_trainer(tmp_path, callbacks=[ReversibleRNN(), WeightAveraging()])
     trainer.fit(model, loader())
@@ -175,6 +177,54 @@ def test_two_callbacks_with_different_targets_share_a_model(tmp_path) -> None:
     assert len({callback.state_key for callback in callbacks}) == 2
     trainer.save_checkpoint(tmp_path / "two.ckpt")
 
+    class Bigger(Tagger):
+        def __init__(self) -> None:
+            super().__init__()
+            self.extra = nn.Sequential(nn.GRU(8, 4))
+
+    loaded = load_from_checkpoint(Bigger, tmp_path / "two.ckpt")
+    assert (loaded.rnn.max_forget_bits, loaded.extra[0].max_forget_bits) == (1.0, 5.0)
+
+
+def test_a_target_may_be_made_later_than_other_layers(tmp_path) -> None:
+    class Late(Tagger):
+        def configure_model(self) -> None:
+            if not hasattr(self, "late"):
+                self.late = nn.GRU(8, 4)
+
+    model = Late()
+    trainer = quiet_trainer(tmp_path, callbacks=[ReversibleRNN(targets=["late"])])
+    trainer.fit(model, loader())
+    assert (type(model.rnn), type(model.late)) == (nn.LSTM, RevGRU)
+
+
+def test_a_compiled_layer_reverses_exactly(tmp_path) -> None:
+    """Lightning's advice is to compile submodules."""
+
+    class Compiled(Tagger):
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            self.rnn.compile(backend="aot_eager")
+            return super().configure_optimizers()
+
+    results = []
+    for model_class in (Tagger, Compiled):
+        seed_everything(0)
+        model = model_class()
+        quiet_trainer(tmp_path, callbacks=[ReversibleRNN()]).fit(model, loader())
+        results.append(weights(model))
+    assert torch.equal(*results)
+
+
+def test_bf16_true_returns_states_that_the_model_can_use(tmp_path) -> None:
+    class Last(Tagger):
+        def forward(self, tokens: Tensor) -> Tensor:
+            _, (h_n, _) = self.rnn(self.embedding(tokens))
+            return self.head(h_n[-1])[:, None].expand(-1, tokens.shape[1], -1)
+
+    trainer = quiet_trainer(tmp_path, callbacks=[ReversibleRNN()], precision="bf16-true")
+    trainer.fit(Last(), loader())
+    assert trainer.callback_metrics["train_loss"].isfinite()
+
 
 def test_a_checkpoint_of_other_settings_warns(tmp_path) -> None:
     trainer = quiet_trainer(tmp_path, callbacks=[ReversibleRNN(2.0)])
@@ -189,7 +239,7 @@ def test_what_cannot_be_converted_is_reported_before_training(tmp_path) -> None:
     with pytest.raises(ValueError, match="cannot convert 'rnn': hidden_size must be .* even.* 7"):
         quiet_trainer(tmp_path, callbacks=[ReversibleRNN()]).fit(Tagger(hidden_size=7), loader())
     trainer = quiet_trainer(tmp_path, callbacks=[ReversibleRNN(targets=["decoder"])])
-    with pytest.raises(ValueError, match="target 'decoder' matches no module"):
+    with pytest.raises(ValueError, match="target 'decoder' matches no GRU or LSTM"):
         trainer.fit(Tagger(), loader())
     model = Tagger()
     model.rnn = nn.Identity()

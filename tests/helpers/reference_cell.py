@@ -7,7 +7,7 @@ smooth formula. With `rounding=False` the roundings are left out: that version c
 finite differences.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,6 +53,8 @@ class ReferenceRNN:
         max_forget_bits: limit of the forget gates, None, or 0 for no forgetting.
         rounding: False for the smooth formulas.
         forgotten: receives the forget gates of every half-step, as integers.
+        imposed: forget gates to use instead of the rounded ones, as integers in the order of use.
+            A gate that another implementation rounds the other way is no error of its gradients.
     """
 
     kind: str
@@ -62,6 +64,7 @@ class ReferenceRNN:
     max_forget_bits: float | None = 3.0
     rounding: bool = True
     forgotten: list[Tensor] = field(default_factory=list)
+    imposed: Iterator[Tensor] | None = None
 
     @classmethod
     def of(cls, rnn: nn.RNNBase, rounding: bool = True) -> "ReferenceRNN":
@@ -192,6 +195,8 @@ class ReferenceRNN:
             return z
         lowest = max(1, min(1023, -int(-1024 * a // 1)))
         integer = (sigmoid * (1024 * (1 - a)) + 1024 * a).round().clamp(lowest, 1023)
+        if self.imposed is not None:
+            integer = next(self.imposed)
         self.forgotten.append(integer.detach().long())
         return _ValueOf.apply(z, integer / 1024)
 

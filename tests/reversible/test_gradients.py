@@ -1,12 +1,14 @@
 """Gradients are those of autograd through the plain cell (`tests/helpers/reference_cell.py`)."""
 
-from contextlib import ExitStack
+import shutil
+from contextlib import ExitStack, nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from lightning_revflip.reversible.kernels import torch_only
+from lightning_revflip.reversible.kernels import fastest, torch_only
 from lightning_revflip.reversible.kernels.native import sigmoid
 from tests.helpers.exact_arithmetic import ExactArithmetic
 from tests.helpers.passes import (
@@ -22,6 +24,9 @@ from tests.helpers.passes import (
 from tests.helpers.reference_cell import ReferenceRNN
 
 BITS = [1, 2.5, 3, None, 0]
+NATIVE = pytest.param(
+    "native", marks=pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler here")
+)
 
 
 def everything(output, finals):
@@ -165,7 +170,7 @@ def test_gradient_of_a_single_step_agrees(cell):
 
 @pytest.mark.parametrize("bits", [3, None])
 @pytest.mark.parametrize("cell", CELLS)
-@pytest.mark.parametrize("implementation", ["torch", "native"])
+@pytest.mark.parametrize("implementation", ["torch", NATIVE])
 def test_float32_gradients_agree_at_seventy_steps_and_three_hundred_units(
     cell, bits, implementation
 ):
@@ -177,6 +182,35 @@ def test_float32_gradients_agree_at_seventy_steps_and_three_hundred_units(
             stack.enter_context(torch_only())
         stack.enter_context(ExactArithmetic(sigmoid if implementation == "native" else None))
         assert_agrees(rnn, x, initial_states(rnn, 20), tolerance=1e-5)
+
+
+@pytest.mark.parametrize("implementation", ["torch", "native"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_float32_gradients_agree_in_the_arithmetic_that_users_run(
+    cell, implementation, monkeypatch
+):
+    """As above with oneDNN and compiled cells; the plain cell is told how gates were rounded."""
+    rnn = make(cell, 200, 300)
+    x = normal(70, 20, 200).requires_grad_()
+    gates = []
+    kind = type(rnn.cell)
+    with torch_only() if implementation == "torch" else nullcontext():
+        kind = type(fastest(rnn.cell, x.device, x.dtype))
+        forget_gates = kind.forget_gates
+
+        def recording(self, activations):
+            integers = forget_gates(self, activations)
+            gates.extend(integers.clone().chunk(self.states, dim=1))
+            return integers
+
+        monkeypatch.setattr(kind, "forget_gates", recording)
+        output, finals = call(rnn, x)
+    reference = replace(ReferenceRNN.of(rnn), imposed=iter(gates))
+    truth, true_finals = reference(dict(rnn.named_parameters()), x)
+    torch.testing.assert_close(output, truth, rtol=0, atol=2e-5)
+    named = named_tensors(rnn, x, ())
+    found = gradients(weighted_sum([output, *finals]), named)
+    assert_close(found, gradients(weighted_sum([truth, *true_finals]), named), 1e-5)
 
 
 @pytest.mark.parametrize("cell", CELLS)

@@ -235,3 +235,21 @@ def test_report_before_the_first_call_asks_for_one():
         RuntimeError, match=r"no reversible layer has run yet.*call the module first"
     ):
         memory_report(make(RevGRU, 5, 8))
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_chunk_bytes_are_what_the_backward_pass_works_in(cell):
+    """Within a half of the allocator's peak, which also holds gradients and states."""
+    rnn = make(cell, 64, 256, chunk_steps=20)
+    x, grad = normal(200, 16, 64), normal(200, 16, 256)
+    output = call(rnn, x)[0]
+    reported = memory_report(rnn).chunk_bytes
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        output.backward(grad)
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    now = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    weights = sum(parameter.numel() * 4 for parameter in rnn.parameters())
+    assert 0.5 * (peak - 3 * weights) < reported < 1.5 * peak

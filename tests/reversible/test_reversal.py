@@ -95,6 +95,21 @@ def test_backward_recovers_the_initial_state_bit_for_bit(case):
         assert_recovers(rnn, x, states, case["lengths"], autocast=case["precision"] == "bfloat16")
 
 
+@given(
+    cell=st.sampled_from(CELLS),
+    bits=st.sampled_from(BITS),
+    steps=st.integers(41, 1000),
+    chunk_steps=st.none() | st.integers(1, 1000),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    seed=st.integers(0, 1000),
+)
+@examples(max_examples=15)
+def test_long_sequences_are_recovered(cell, bits, steps, chunk_steps, dtype, seed):
+    rnn = make(cell, 3, 8, max_forget_bits=bits, chunk_steps=chunk_steps, dtype=dtype, seed=seed)
+    lengths = [steps, max(1, steps // 3)]
+    assert_recovers(rnn, normal(steps, 2, 3, seed=seed, dtype=dtype), (), lengths)
+
+
 @pytest.mark.parametrize("bits", [1, None])
 @pytest.mark.parametrize("cell", CELLS)
 def test_a_thousand_steps_of_ragged_sequences_are_recovered(cell, bits):

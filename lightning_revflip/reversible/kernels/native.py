@@ -8,17 +8,16 @@ returns None and the torch path of `cells.py` runs.
 import ctypes
 import functools
 import hashlib
-import logging
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
+import warnings
 from pathlib import Path
 
 from torch import Tensor
-
-log = logging.getLogger(__name__)
 
 _SOURCE = Path(__file__).with_name("native.c")
 _FLAGS = (
@@ -26,7 +25,7 @@ _FLAGS = (
     "-march=native",
     "-fno-math-errno",
     "-fno-trapping-math",
-    "-ffp-contract=off",  # the same bits from every compiler, and from the torch path
+    "-ffp-contract=off",  # the same bits from every compiler
     "-shared",
     "-fPIC",
 )
@@ -58,8 +57,12 @@ def library() -> ctypes.CDLL | None:
         return None
     try:
         compiled = ctypes.CDLL(str(_compile()))
-    except (OSError, subprocess.SubprocessError) as error:
-        log.info("reversible layers run on torch alone, native.c was not compiled: %s", error)
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+        warnings.warn(
+            f"Reversible layers run by torch calls alone, which is slower on a CPU: {error}. "
+            "Install a C compiler, or set REVFLIP_NATIVE=0 to accept this.",
+            stacklevel=2,
+        )
         return None
     for name, arguments in _SIGNATURES.items():
         function = getattr(compiled, name)
@@ -83,10 +86,10 @@ def sigmoid(x: Tensor) -> Tensor:
 
 def _compile() -> Path:
     """Path of the library, which is compiled if it is not there yet."""
-    compiler = shutil.which(os.environ.get("CC") or "cc")
-    if compiler is None:
-        raise OSError("no C compiler found (cc, or the one that CC names)")
-    version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=60)
+    compiler = shlex.split(os.environ.get("CC") or "cc")
+    if shutil.which(compiler[0]) is None:
+        raise OSError(f"no C compiler found ({compiler[0]}; the variable CC names another)")
+    version = subprocess.run([*compiler, "--version"], capture_output=True, check=True, timeout=60)
     parts = (_SOURCE.read_bytes(), " ".join(_FLAGS).encode(), version.stdout, _processor().encode())
     key = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lightning_revflip"
@@ -96,7 +99,7 @@ def _compile() -> Path:
         # Processes that start together each compile their own copy; the last rename wins.
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             output = Path(scratch) / target.name
-            command = [compiler, *_FLAGS, "-o", str(output), str(_SOURCE), "-lm"]
+            command = [*compiler, *_FLAGS, "-o", str(output), str(_SOURCE), "-lm"]
             subprocess.run(command, capture_output=True, check=True, timeout=120)
             output.replace(target)
     return target
@@ -104,8 +107,10 @@ def _compile() -> Path:
 
 def _processor() -> str:
     """What `-march=native` depends on, as far as it can be told: a cache may be shared."""
+    fields = ("model name", "flags", "CPU implementer", "CPU part", "Features")
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        return platform.processor()
-    return "".join(sorted({line for line in lines if line.startswith(("model name", "flags"))}))
+        lines = [platform.processor()]
+    told = sorted({line for line in lines if line.startswith(fields)} or set(lines))
+    return platform.machine() + "".join(told)
