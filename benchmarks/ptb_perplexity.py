@@ -16,6 +16,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
 from matplotlib.figure import Figure
 
 from benchmarks import measure
@@ -37,7 +38,7 @@ def command(cell: str, steps: int, lr: float, folder: Path) -> list[str]:
         *(f"--config={CONFIGS / name}.yaml" for name in configs),
         f"--trainer.max_steps={steps}",
         f"--model.init_args.lr={lr}",
-        f"--trainer.val_check_interval={min(100, steps)}",
+        "--trainer.val_check_interval=100",
         "--trainer.check_val_every_n_epoch=null",
         "--trainer.num_sanity_val_steps=0",
         "--trainer.accelerator=cpu",
@@ -58,8 +59,6 @@ def read(cell: str, folder: Path) -> dict[str, Any]:
 
     curve = column("val/perplexity")
     found: dict[str, Any] = {"cell": cell, "curve": curve, "val_perplexity": curve[-1][1]}
-    found["tokens_per_second"] = sorted(v for _, v in column("tokens_per_second"))
-    found["tokens_per_second"] = found["tokens_per_second"][len(found["tokens_per_second"]) // 2]
     found["saved_for_backward_bytes"] = column("memory/saved_for_backward_bytes")[-1][1]
     if stored := column("reversible/bits_per_unit_step"):
         found["bits_per_unit_step"] = stored[-1][1]
@@ -86,6 +85,11 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=20.0)
     parser.add_argument("--cells", nargs="+", choices=CELLS, default=list(CELLS))
     options = parser.parse_args()
+    if options.steps % 100:
+        parser.error(
+            f"--steps must be a multiple of 100, after which validation runs, got {options.steps}"
+        )
+    torch.set_num_threads(1)  # as in the trainings, for the record
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         # One thread each, as many trainings at a time as there are processors.
