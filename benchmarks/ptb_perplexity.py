@@ -27,6 +27,7 @@ CELLS = {
     "revgru": ["gru", "rev3"],
     "lstm": ["lstm"],
     "revlstm": ["lstm", "rev3"],
+    "revlstm_forgetful": ["lstm", "rev3_forgetful"],
 }
 
 
@@ -71,8 +72,8 @@ def draw(rows: list[dict[str, Any]]) -> Figure:
     figure = Figure(figsize=(6, 3.5), layout="constrained")
     axes = figure.subplots()
     for row in rows:
-        style = "--" if row["cell"].startswith("rev") else "-"
-        color = "C0" if row["cell"].endswith("gru") else "C1"
+        style = ":" if "_" in row["cell"] else "--" if row["cell"].startswith("rev") else "-"
+        color = "C0" if "gru" in row["cell"] else "C1"
         axes.plot(*zip(*row["curve"], strict=True), style, color=color, label=row["cell"])
     axes.set(xlabel="training steps", ylabel="validation perplexity")
     axes.legend()
@@ -105,7 +106,8 @@ def main() -> None:
         rows = [read(cell, folder) for cell in options.cells]
     for row in rows:
         if row["cell"].startswith("rev"):
-            plain = next((r for r in rows if "rev" + r["cell"] == row["cell"]), None)
+            name = row["cell"].removeprefix("rev").split("_")[0]
+            plain = next((r for r in rows if r["cell"] == name), None)
             if plain is not None:
                 row["perplexity_ratio"] = row["val_perplexity"] / plain["val_perplexity"]
         print({key: value for key, value in row.items() if key != "curve"})

@@ -42,6 +42,8 @@ class ReversibleRNN(Callback):
         targets: glob patterns of module paths, for example `["encoder.*"]`, or module types, that
             choose the layers; None: all.
         chunk_steps: steps that are recomputed together in the backward pass; None chooses.
+        forget_bias: added to the bias of the forget gates at initialisation; below 0 the network
+            starts by forgetting much, which helps RevLSTM at first and stores more bits.
 
     Raises:
         ValueError: in `setup`, if there is nothing to convert or something cannot be.
@@ -61,10 +63,12 @@ class ReversibleRNN(Callback):
         max_forget_bits: float | None = 3.0,
         targets: Sequence[str | type[nn.Module]] | None = None,
         chunk_steps: int | None = None,
+        forget_bias: float = 0.0,
     ) -> None:
         self.max_forget_bits = max_forget_bits
         self.targets = targets
         self.chunk_steps = chunk_steps
+        self.forget_bias = forget_bias
         self.spec = ConversionSpec()
         """What was converted in the model that was set up last."""
 
@@ -95,6 +99,7 @@ class ReversibleRNN(Callback):
             strict=not more_to_come,
             max_forget_bits=self.max_forget_bits,
             chunk_steps=self.chunk_steps,
+            forget_bias=self.forget_bias,
         )
         self.spec = recorded_spec(pl_module)
         for conversion in spec.conversions:

@@ -88,6 +88,8 @@ class Cell(ABC, Generic[Gates]):
     name: ClassVar[str]
     states: ClassVar[int]
     """State vectors per half: h, or c and h."""
+    forget_blocks: ClassVar[tuple[int, ...]]
+    """Which row blocks of a half are forget gates."""
     replay_floats: ClassVar[int]
     """Floats per hidden unit and step that a chunk holds between reversal and gradients."""
 
@@ -244,6 +246,7 @@ class RevGRUCell(Cell[GRUGates]):
 
     name = "RevGRU"
     states = 1
+    forget_blocks = (1,)
     replay_floats = 6  # r, sigmoid, z, g, r * other, h
 
     @property
@@ -324,6 +327,7 @@ class RevLSTMCell(Cell[LSTMGates]):
 
     name = "RevLSTM"
     states = 2
+    forget_blocks = (0, 1)
     replay_floats = 10  # five activations, z, p, c, h, tanh(c)
 
     @property

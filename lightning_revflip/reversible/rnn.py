@@ -39,6 +39,7 @@ class ReversibleRNNBase(nn.RNNBase):
         *,
         max_forget_bits: float | None = 3.0,
         chunk_steps: int | None = None,
+        forget_bias: float = 0.0,
         proj_size: int = 0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -59,6 +60,11 @@ class ReversibleRNNBase(nn.RNNBase):
                 f"{type(self).__name__} has no projection, got proj_size={proj_size}. "
                 "Use proj_size=0 and an nn.Linear."
             )
+        if forget_bias and (max_forget_bits == 0 or not bias):
+            raise ValueError(
+                f"forget_bias={forget_bias} needs forget gates with a bias, got "
+                f"max_forget_bits={max_forget_bits} and bias={bias}."
+            )
         if chunk_steps is not None and chunk_steps <= 0:
             raise ValueError(f"chunk_steps must be positive or None, got {chunk_steps}.")
         self.input_size = input_size
@@ -71,6 +77,7 @@ class ReversibleRNNBase(nn.RNNBase):
         self.proj_size = 0
         self.max_forget_bits = max_forget_bits
         self.chunk_steps = chunk_steps
+        self.forget_bias = forget_bias
         self.cell = self._make_cell()
         self.mode = self.cell.name
         self.last_passes: dict[str, Pass] = {}
@@ -100,7 +107,7 @@ class ReversibleRNNBase(nn.RNNBase):
 
         Args:
             rnn: the layer to stand in for.
-            kwargs: max_forget_bits and chunk_steps.
+            kwargs: max_forget_bits, chunk_steps and forget_bias.
 
         Raises:
             ValueError: if `rnn` has a projection (proj_size), or an odd hidden_size.
@@ -126,10 +133,18 @@ class ReversibleRNNBase(nn.RNNBase):
         return [(n, f"l{n}{suffix}") for n in range(self.num_layers) for suffix in directions]
 
     def reset_parameters(self) -> None:
-        """Draw all parameters from U(-1/sqrt(hidden_size), 1/sqrt(hidden_size)), as nn.GRU does."""
+        """Draw all parameters from U(-1/sqrt(hidden_size), 1/sqrt(hidden_size)), as nn.GRU does.
+
+        Then add `forget_bias` to `bias_ih` of the forget gates.
+        """
         bound = 1.0 / math.sqrt(self.hidden_size)
         for parameter in self.parameters():
             nn.init.uniform_(parameter, -bound, bound)
+        if self.forget_bias:
+            for _, suffix in self._layers():
+                blocks = getattr(self, f"bias_ih_{suffix}").view(2, self.cell.gates, self.cell.half)
+                with torch.no_grad():
+                    blocks[:, self.cell.forget_blocks] += self.forget_bias
 
     # nn.RNNBase keeps a flat copy of its weights for cuDNN. There is none here, so that weights
     # may be replaced by parametrizations, weight drop or `torch.func.functional_call`.
@@ -160,6 +175,7 @@ class ReversibleRNNBase(nn.RNNBase):
             "dropout": 0.0,
             "bidirectional": False,
             "chunk_steps": None,
+            "forget_bias": 0.0,
         }
         for name, default in defaults.items():
             if getattr(self, name) != default:
@@ -325,6 +341,9 @@ class RevGRU(ReversibleRNNBase, nn.GRU):
             limit; 0 leaves forgetting out.
         chunk_steps: steps that are recomputed together in the backward pass; None chooses about
             256 / batch.
+        forget_bias: added to the bias of the forget gates at initialisation. Below 0 the network
+            starts by forgetting as much as it may, which is nearer to nn.LSTM and learns faster at
+            first, and stores more bits; 0 is the initialisation of nn.GRU and nn.LSTM.
         proj_size: only 0; present because nn.LSTM has it.
         device: of the parameters.
         dtype: of the parameters.

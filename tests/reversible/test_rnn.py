@@ -338,3 +338,17 @@ def test_no_unit_forgets_more_than_the_limit(cell, bits):
     call(rnn, normal(9, 3, 4))
     used = memory_report(rnn).layers[0].gate_counts.nonzero().flatten().tolist()
     assert used == [1 if bits is None else -int(-1024 * 2**-bits // 1)]
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_forget_bias_moves_the_forget_gates_and_nothing_else(cell):
+    plain, forgetful = (make(cell, 4, 6, 2, forget_bias=bias) for bias in (0.0, -3.0))
+    gates = {RevGRU: (3, [1]), RevLSTM: (5, [0, 1])}[cell]
+    for name, value in plain.named_parameters():
+        expected = value.detach().clone()
+        if name.startswith("bias_ih"):
+            expected.view(2, gates[0], 3)[:, gates[1]] -= 3.0
+        assert torch.equal(dict(forgetful.named_parameters())[name], expected)
+    for options in ({"max_forget_bits": 0}, {"bias": False}):
+        with pytest.raises(ValueError, match="forget_bias=-3.0 needs forget gates with a bias"):
+            cell(4, 6, forget_bias=-3.0, **options)
