@@ -24,7 +24,15 @@ SIZES = {
     "paper_2layer": (["paper", "paper_2layer"], 650, [1150, 650]),
 }
 CELLS = {"lstm": nn.LSTM, "gru": nn.GRU}
-BITS = {"rev1": 1, "rev2": 2, "rev3": 3, "rev5": 5, "rev_unlimited": None, "nf": 0}
+BITS = {
+    "rev1": 1,
+    "rev2": 2,
+    "rev3": 3,
+    "rev3_forgetful": 3,
+    "rev5": 5,
+    "rev_unlimited": None,
+    "nf": 0,
+}
 EVERY_RUN = {RichProgressBar, ModelCheckpoint, MemoryMonitor, TokensPerSecond, ReversibleFigures}
 
 
