@@ -11,7 +11,7 @@ from torch import nn
 
 import recipes
 from lightning_revflip.callbacks import MemoryMonitor, ReversibleRNN
-from lightning_revflip.cli import RevflipCLI, main
+from lightning_revflip.cli import RevflipCLI
 from recipes.common.figures import ReversibleFigures
 from recipes.common.throughput import TokensPerSecond
 from recipes.ptb.writer import TextWriter
@@ -124,4 +124,6 @@ def test_configuration_trains_and_validates(monkeypatch, tmp_path, names):
     monkeypatch.setattr("sys.argv", ["revflip"])
     args = ["fit", *config_args("base", "small", *names, "csv")]
     args += ["--data.source=embedded", "--model.embedding_size=20", "--model.hidden_sizes=[20]"]
-    main([*args, "--trainer.fast_dev_run=2"])
+    trainer = RevflipCLI([*args, "--trainer.fast_dev_run=2"]).trainer
+    assert trainer.global_step == 2
+    assert trainer.callback_metrics["val/perplexity"].isfinite()
