@@ -178,7 +178,9 @@ def main() -> None:
     start = time.perf_counter()
     console.print("Training the same model twice on the embedded text ...")
     ordinary = train("nn.LSTM", [], options.epochs, options.folder)
-    reversible = train("RevLSTM", [ReversibleRNN(3.0, forget_bias=-3.0)], options.epochs, options.folder)
+    reversible = train(
+        "RevLSTM", [ReversibleRNN(3.0, forget_bias=-3.0)], options.epochs, options.folder
+    )
     path = options.folder / "demo.png"
     figure(ordinary, reversible).savefig(path, dpi=120)
     console.print(table(ordinary, reversible))
