@@ -49,6 +49,7 @@ class RevGRU(ReversibleRNNBase, nn.GRU):
         ReversalError: in the backward pass, if the recomputed states are not the original ones.
 
     Example:
+        >>> import torch
         >>> rnn = RevGRU(8, 16, num_layers=2)
         >>> output, h_n = rnn(torch.randn(70, 4, 8))
         >>> output.shape, h_n.shape
@@ -93,6 +94,7 @@ class RevLSTM(ReversibleRNNBase, nn.LSTM):
     range then.
 
     Example:
+        >>> import torch
         >>> rnn = RevLSTM(8, 16, batch_first=True, bidirectional=True)
         >>> output, (h_n, c_n) = rnn(torch.randn(4, 70, 8))
         >>> output.shape, h_n.shape, c_n.shape
