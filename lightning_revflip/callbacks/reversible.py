@@ -43,7 +43,7 @@ class ReversibleRNN(Callback):
             choose the layers; None: all.
         chunk_steps: steps that are recomputed together in the backward pass; None chooses.
         forget_bias: added to the bias of the forget gates at initialisation; below 0 the network
-            starts by forgetting much, which helps RevLSTM at first and stores more bits.
+            starts by forgetting much, which may help RevLSTM at first and stores more bits.
 
     Raises:
         ValueError: in `setup`, if there is nothing to convert or something cannot be.

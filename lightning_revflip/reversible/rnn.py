@@ -37,8 +37,8 @@ class RevGRU(ReversibleRNNBase, nn.GRU):
         chunk_steps: steps that are recomputed together in the backward pass; None chooses about
             256 / batch.
         forget_bias: added to the bias of the forget gates at initialisation. Below 0 the network
-            starts by forgetting as much as it may, which is nearer to nn.LSTM and learns faster at
-            first, and stores more bits; 0 is the initialisation of nn.GRU and nn.LSTM.
+            starts by forgetting much, which is nearer to nn.LSTM, and stores more bits; 0 is the
+            initialisation of nn.GRU and nn.LSTM.
         proj_size: only 0; present because nn.LSTM has it.
         device: of the parameters.
         dtype: of the parameters.
