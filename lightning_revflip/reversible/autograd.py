@@ -8,14 +8,15 @@ caller, so a different autocast state around `backward()` changes nothing.
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from lightning_revflip.reversible.cells import Cell
+from lightning_revflip.reversible.kernels.cuda_graph import ChunkReplay, graphs_enabled
 from lightning_revflip.reversible.products import Products
 from lightning_revflip.reversible.schedule import Schedule
 from lightning_revflip.reversible.sweep import Gradients, LayerSweep, ReversalError, SweepState
@@ -55,14 +56,21 @@ class ReversibleLayer(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         cell, schedule = settings.cell, settings.schedule
         with torch.autocast(x.device.type, enabled=False):
-            layer = _layer(settings, weight_ih, weight_hh, bias)
-            state = _initial_state(settings, x, initial)
-            out = x.new_empty(schedule.rows, cell.hidden_size, dtype=settings.products.dtype)
-            for chunk in schedule.chunks():
-                rows = out[chunk.start : chunk.stop]
-                layer.forward_chunk(chunk, chunk.rows(x), state, rows)
+            # Room for words is guessed where it cannot grow on the way; at worst once in vain.
+            for certain in (False, True):
+                layer = _layer(settings, weight_ih, weight_hh, bias)
+                state = _initial_state(settings, x, initial)
+                state.reserve(len(schedule.batch_sizes), certain)
+                replay = ChunkReplay(layer, state, graphs_enabled(x.device))
+                out = x.new_empty(schedule.rows, cell.hidden_size, dtype=settings.products.dtype)
+                for chunk in schedule.chunks():
+                    replay.forward_chunk(chunk, chunk.rows(x), out[chunk.start : chunk.stop])
+                if not state.overflowed():
+                    break
             if not layer.is_finite(state):
-                _raise_not_finite(x, weight_ih, weight_hh, bias)
+                raise_not_finite(
+                    {"the input": x, "weight_ih": weight_ih, "weight_hh": weight_hh, "a bias": bias}
+                )
             settings.on_forward(layer, state)
             if settings.store:
                 ctx.settings = settings
@@ -83,21 +91,18 @@ class ReversibleLayer(torch.autograd.Function):
                 "be differentiated again (create_graph=True). Use nn.GRU or nn.LSTM for this."
             )
         settings: Settings = ctx.settings
-        x, weight_ih, weight_hh, bias, *rest = _saved(ctx)
+        x, weight_ih, weight_hh, bias, *rest = saved_tensors(ctx)
         initial, compact = rest[: ctx.given], rest[ctx.given :]
         with torch.autocast(x.device.type, enabled=False):
             layer = _layer(settings, weight_ih, weight_hh, bias)
             state = SweepState.from_compact(settings.cell, *compact)
-            grads = _zero_gradients(layer, grad_final)
+            replay = ChunkReplay(layer, state, graphs_enabled(x.device))
+            grads = zero_gradients(layer, grad_final)
             grad_x = x.new_empty(x.shape) if ctx.needs_input_grad[1] else None
             for chunk in reversed(settings.schedule.chunks()):
                 rows = chunk.rows(x)
-                try:
-                    steps = layer.undo_chunk(chunk, rows, state)
-                except IndexError as error:
-                    raise ReversalError("the information buffer ran empty") from error
                 part = None if grad_out is None else grad_out[chunk.start : chunk.stop]
-                grad_rows = layer.differentiate_chunk(chunk, rows, steps, part, grads)
+                grad_rows = replay.backward_chunk(chunk, rows, part, grads)
                 if grad_x is not None:
                     target = grad_x.flatten(0, -2)
                     target[chunk.start : chunk.stop] = grad_rows
@@ -144,7 +149,9 @@ def _initial_state(settings: Settings, x: Tensor, initial: Any) -> SweepState:
     return SweepState.initial(settings.cell, batch, list(initial), x.device, settings.store)
 
 
-def _zero_gradients(layer: LayerSweep, grad_final: tuple[Tensor | None, ...]) -> Gradients:
+def zero_gradients(layer: LayerSweep, grad_final: Sequence[Tensor | None]) -> Gradients:
+    """What a backward sweep accumulates in, given the gradients of the final h (and c)."""
+
     def zeros(like: Tensor) -> Tensor:
         return torch.zeros_like(like, dtype=layer.dtype)
 
@@ -162,7 +169,12 @@ def _zero_gradients(layer: LayerSweep, grad_final: tuple[Tensor | None, ...]) ->
     return Gradients(zeros(layer.weight_ih), zeros(layer.weight_hh), bias, states)
 
 
-def _saved(ctx: Any) -> tuple[Any, ...]:
+def saved_tensors(ctx: Any) -> tuple[Any, ...]:
+    """What forward saved.
+
+    Raises:
+        ReversalError: if some of it was changed in place.
+    """
     try:
         return tuple(ctx.saved_tensors)
     except RuntimeError as error:
@@ -171,8 +183,8 @@ def _saved(ctx: Any) -> tuple[Any, ...]:
         raise
 
 
-def _raise_not_finite(x: Tensor, weight_ih: Tensor, weight_hh: Tensor, bias: Tensor | None) -> None:
-    named = {"the input": x, "weight_ih": weight_ih, "weight_hh": weight_hh, "a bias": bias}
+def raise_not_finite(named: Mapping[str, Tensor | None]) -> NoReturn:
+    """Say which of the tensors that went into a forward sweep are not finite."""
     found = [
         name for name, tensor in named.items() if tensor is not None and not tensor.isfinite().all()
     ]

@@ -23,6 +23,7 @@ exact.) So nothing records where words were emitted, and `b` fits int32 for ever
 """
 
 import math
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -35,6 +36,8 @@ GATE_ONE = 1 << GATE_BITS
 
 WORD_BITS = 16
 
+_BLOCK_WORDS = 1 << 15
+
 _LOWEST = float(1 << 15)
 _WORD = float(1 << WORD_BITS)
 _SIGN = 1 << (WORD_BITS - 1)  # words are unsigned, int16 is not: stored shifted by 2^15
@@ -42,11 +45,26 @@ _EMIT = float(1 << 21)
 _GATE = float(GATE_ONE)
 
 
+class Words(Protocol):
+    """The words of a pass, as a sweep sees them."""
+
+    def __len__(self) -> int: ...
+
+    def pack(self) -> Tensor:
+        """All that is needed to take the words back, 1-dimensional, int16."""
+
+    def reserve(self, steps: int, certain: bool = False) -> None:
+        """Make room for `steps` steps at once; `certain`: for all that they could forget."""
+
+    def overflowed(self) -> bool:
+        """Whether words were lost for lack of room. The pass must be repeated with more."""
+
+
 class WordStream:
     """A stack of 16-bit words, packed densely as int16.
 
-    Words are pushed in small batches and popped in batches of any size; `packed` is what a
-    backward pass keeps.
+    Words are pushed in small batches and popped in batches of any size. They are kept in blocks, so
+    that neither end of a pass ever needs a second copy of all of them.
 
     Args:
         packed: the words to start from, shape (words,), int16; empty by default.
@@ -56,13 +74,16 @@ class WordStream:
     def __init__(self, packed: Tensor | None = None, device: torch.device | None = None) -> None:
         if packed is None:
             packed = torch.empty(0, dtype=torch.int16, device=device)
-        self._packed = packed
+        self._blocks = [packed]
+        self._below = 0
+        """Words in all blocks but the last."""
         self._size = packed.numel()
+        """Words in the last block, from its start."""
         self._pending: list[Tensor] = []
         self._pending_words = 0
 
     def __len__(self) -> int:
-        return self._size + self._pending_words
+        return self._below + self._size + self._pending_words
 
     def push(self, words: Tensor) -> None:
         """Append words, shape (count,): int16, or float64 integers in 0..65535."""
@@ -70,6 +91,8 @@ class WordStream:
             words = (words - _SIGN).to(torch.int16)
         self._pending.append(words)
         self._pending_words += words.numel()
+        if self._pending_words >= _BLOCK_WORDS:
+            self._add_block()
 
     def pop(self, count: int) -> Tensor:
         """Take the last `count` words off, in the order in which they were pushed, as float64.
@@ -77,30 +100,59 @@ class WordStream:
         Raises:
             IndexError: if fewer are left.
         """
-        words = self.top()
+        words = self.top(count)
         if count > len(words):
             raise IndexError(f"the word stream holds {len(words)} words, {count} were asked for")
+        words = words[len(words) - count :].double().add_(_SIGN)
         self.drop(count)
-        return words[len(words) - count :].double().add_(_SIGN)
+        return words
 
-    def top(self) -> Tensor:
-        """All words, shape (len(self),), int16: 0 is stored as -32768."""
+    def top(self, count: int) -> Tensor:
+        """At least the last `count` words, or all, contiguous, int16: 0 is stored as -32768."""
         if self._pending:
-            self.pack()
-        return self._packed[: self._size]
+            self._add_block()
+        while self._size < count and self._below:
+            last = self._blocks.pop()[: self._size]
+            self._below -= len(self._blocks[-1])
+            self._blocks[-1] = torch.cat([self._blocks[-1], last])
+            self._size = len(self._blocks[-1])
+        return self._blocks[-1][: self._size]
 
     def drop(self, count: int) -> None:
-        """Take the last `count` words off."""
+        """Take the last `count` words off, at most as many as `top` returned."""
         self._size -= count
+        while not self._size and self._below:
+            self._blocks.pop()
+            self._size = len(self._blocks[-1])
+            self._below -= self._size
 
     def pack(self) -> Tensor:
         """The words, shape (len(self),), int16, in a tensor of exactly that size."""
-        if self._pending or self._size != self._packed.numel():
-            self._packed = torch.cat([self._packed[: self._size], *self._pending])
-            self._size = self._packed.numel()
-            self._pending = []
-            self._pending_words = 0
-        return self._packed
+        if self._below or self._pending or self._size != self._blocks[-1].numel():
+            self._blocks[-1] = self._blocks[-1][: self._size]
+            self._blocks = [torch.cat([*self._blocks, *self._pending])]
+            self._below, self._size = 0, self._blocks[0].numel()
+            self._pending, self._pending_words = [], 0
+        return self._blocks[0]
+
+    def _add_block(self) -> None:
+        """Make a block of what was pushed last."""
+        if self._size:
+            if self._size < self._blocks[-1].numel():
+                self._blocks[-1] = self._blocks[-1][: self._size].clone()
+            self._below += self._size
+        else:
+            self._blocks.pop()
+        self._blocks.append(torch.cat(self._pending))
+        self._size = self._pending_words
+        self._pending, self._pending_words = [], 0
+
+    def reserve(self, steps: int, certain: bool = False) -> None:
+        """Does nothing: the stream grows with what is pushed."""
+
+    def overflowed(self) -> bool:
+        """Never."""
+        return False
 
 
 class InformationBuffer:
@@ -164,6 +216,35 @@ class InformationBuffer:
     def is_initial(self) -> bool:
         """Whether the state is that of buffers which hold nothing."""
         return bool((self.state == _LOWEST).all())
+
+    @property
+    def gate_counts(self) -> Tensor | None:
+        """How often each gate multiplied, shape (1025,), where `multiply_` counts; it does not."""
+        return None
+
+    def checksum(self) -> Tensor:
+        """NaN if a state would be NaN and integers cannot show it, else 0: a scalar, float64."""
+        return self.state.new_zeros((), dtype=torch.float64)
+
+
+class Storage:
+    """How a sweep keeps the integers of a pass."""
+
+    integers: torch.dtype = torch.float64
+    """Dtype of states and buffers: any that holds the integers exactly."""
+
+    def words(self, batch: int, device: torch.device, packed: Tensor | None = None) -> Words:
+        """Where the buffers of `batch` sequences put their words; `packed`: those to start from."""
+        return WordStream(packed, device)
+
+    def buffers(self, states: list[Tensor], words: Any) -> list[InformationBuffer]:
+        """The buffers of both halves.
+
+        Args:
+            states: `b` of each unit, (batch, states * half), in the dtype `integers`.
+            words: what `words` returned, or None to drop words.
+        """
+        return [InformationBuffer(state, words) for state in states]
 
 
 def information_bits(gate_counts: Tensor) -> float:

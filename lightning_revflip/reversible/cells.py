@@ -29,7 +29,7 @@ from typing import ClassVar, Generic, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from lightning_revflip.reversible.buffer import GATE_ONE, InformationBuffer, lowest_gate
+from lightning_revflip.reversible.buffer import GATE_ONE, InformationBuffer, Storage, lowest_gate
 from lightning_revflip.reversible.fixed_point import FixedPoint
 
 
@@ -130,6 +130,11 @@ class Cell(ABC, Generic[Gates]):
     def _fraction_bits(self) -> int: ...
 
     @property
+    def storage(self) -> Storage:
+        """How a sweep keeps this cell's integers."""
+        return Storage()
+
+    @property
     def gate_rows(self) -> int:
         """Rows of `weight_ih`, `weight_hh` and the biases: both halves, all gates."""
         return 2 * self.gates * self.half
@@ -178,6 +183,13 @@ class Cell(ABC, Generic[Gates]):
     @abstractmethod
     def forward_(self, state: Tensor, gates: Gates, buffer: InformationBuffer) -> None:
         """Advance a half's state in place."""
+
+    def advance(
+        self, state: Tensor, gates: Gates, buffer: InformationBuffer, dtype: torch.dtype
+    ) -> Tensor:
+        """`forward_`, then the new h as from `output`; a GPU does both at once."""
+        self.forward_(state, gates, buffer)
+        return self.output(state, dtype)
 
     @abstractmethod
     def reverse_(

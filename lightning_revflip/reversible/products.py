@@ -31,10 +31,13 @@ class Products:
     Args:
         dtype: of the multiplication.
         onednn: whether to use oneDNN; both passes of a sweep must agree.
+        frugal: whether to do without packed copies of weights and with temporaries of about 1 MB,
+            which takes up to a tenth longer where there are few rows.
     """
 
     dtype: torch.dtype
     onednn: bool
+    frugal: bool = False
 
     def linear(
         self, x: Tensor, weight: Tensor, out_dtype: torch.dtype, bias: Tensor | None = None
@@ -58,14 +61,35 @@ class Products:
 
         The result is opaque: only `linear` may use it.
         """
-        if not self.onednn:
+        if not self.onednn or self.frugal:
             return weight
         packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight)
         return packed
 
     def accumulate(self, total: Tensor, grad: Tensor, x: Tensor) -> None:
-        """`total += grad.T @ x`: (rows, m), (rows, n) into (m, n)."""
+        """`total += grad.T @ x`: (rows, m), (rows, n) into (m, n), in blocks."""
         if total.dtype == self.dtype and not self.onednn:
             total.addmm_(grad.t(), x)
-        else:
-            total += self.linear(grad.t(), x.t().to(self.dtype), total.dtype)
+            return
+        # Of columns of a wider matrix, oneDNN takes the left factor, but crawls through the right.
+        right = x.to(self.dtype).contiguous().t()
+        size = self._block_rows(total)
+        parts = zip(torch.split(total, size), torch.split(grad, size, dim=1), strict=True)
+        for part, columns in parts:
+            part.add_(self.linear(columns.t(), right, self.dtype))
+
+    def _block_rows(self, total: Tensor) -> int:
+        """Into how many rows at a time to accumulate, in equal blocks.
+
+        Blocks of 1.2 or 2.5 MB stay in a cache. What has up to 9 MB, as recurrent weights have, is
+        done in one piece, which saves 4 to 10 % of the time where `grad` has only 100 rows.
+        """
+        largest = 5 * 2 ** (16 if self.frugal else 17)
+        whole = 0 if self.frugal else 9 * 2**18
+        if total.device.type != "cpu":
+            largest = whole = 9 * 2**18  # small products would leave an accelerator idle
+        if total.numel() <= max(whole, largest):
+            return max(1, len(total))
+        blocks = -(-total.numel() // largest)
+        rows = -(-len(total) // blocks)
+        return -(-rows // 64) * 64

@@ -33,6 +33,12 @@ class Pass:
     """Words in the stream."""
     chunk_rows: int
     """Rows of the largest chunk."""
+    chunk_steps: int
+    """Time steps in a chunk."""
+    together: bool
+    """Whether all layers of the module work on a chunk at the same time."""
+    segments: int
+    """Parts of the sequence whose first state is kept; words are those of the last one."""
     gate_counts: Tensor
     """How often each forget gate k/1024 occurred, shape (1025,), int64."""
 
@@ -48,7 +54,7 @@ class LayerReport:
     unit_steps: int
     """Units times steps, summed over the batch."""
     stored_bits: int
-    """Information buffer and word stream."""
+    """Information buffer and word stream; with segments, of one of them, and the states kept."""
     information_bits: float
     """What the forget gates destroyed, sum of log2(1/z): no lossless buffer can store less."""
     float_state_bits: int
@@ -59,6 +65,10 @@ class LayerReport:
     """The same of nn.GRU or nn.LSTM on this device (a lower bound on accelerators)."""
     chunk_bytes: int
     """What the backward pass allocates for the steps of one chunk, at its peak."""
+    chunk_steps: int
+    """Time steps that are recomputed together."""
+    together: bool
+    """Whether this layer is recomputed together with others, as in a ReversibleSequence."""
     gate_counts: Tensor
     """How often each forget gate k/1024 occurred, shape (1025,), int64, on the CPU."""
 
@@ -70,8 +80,9 @@ class LayerReport:
         units = last.batch * cell.buffered_units
         counts = last.gate_counts.cpu()
         floats = _KEPT_FLOATS.get(last.device_type, _KEPT_FLOATS["other"])[cell.name]
-        stored = stored_bits(last.words, units) if last.stored else 0
         final_state = 4 * last.batch * cell.hidden_size * cell.states
+        segment_states = 8 * final_state * (last.segments - 1)
+        stored = stored_bits(last.words, units) + segment_states if last.stored else 0
         chunk = last.chunk_rows * (2 * cell.gate_rows + cell.replay_floats * cell.hidden_size)
         return cls(
             name=name,
@@ -82,6 +93,8 @@ class LayerReport:
             kept_bytes=stored // 8 + final_state if last.stored else 0,
             standard_bytes=last.rows * cell.hidden_size * floats * last.element_size,
             chunk_bytes=chunk * max(4, last.element_size) if last.stored else 0,
+            chunk_steps=last.chunk_steps,
+            together=last.together,
             gate_counts=counts,
         )
 
@@ -124,8 +137,14 @@ class MemoryReport:
 
     @property
     def chunk_bytes(self) -> int:
-        """Working memory of the backward pass: layers run one after the other."""
-        return max(layer.chunk_bytes for layer in self.layers)
+        """Working memory of the backward pass: the largest of what exists at the same time."""
+        together = sum(layer.chunk_bytes for layer in self.layers if layer.together)
+        return max(together, *(layer.chunk_bytes for layer in self.layers))
+
+    @property
+    def chunk_steps(self) -> int:
+        """Time steps that are recomputed together, at most."""
+        return max(layer.chunk_steps for layer in self.layers)
 
     @property
     def bits_per_unit_step(self) -> float:
@@ -157,7 +176,7 @@ class MemoryReport:
         lines.append(
             f"kept {_size(self.kept_bytes)} instead of {_size(self.standard_bytes)}; buffers hold "
             f"{_size(self.stored_bits / 8)}, {overhead:.2f} times the forgotten information; "
-            f"backward works in {_size(self.chunk_bytes)}"
+            f"backward works in {_size(self.chunk_bytes)}, {self.chunk_steps} steps at a time"
         )
         return "\n".join(lines)
 

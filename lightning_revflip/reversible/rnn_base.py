@@ -3,6 +3,7 @@
 import math
 import warnings
 from abc import abstractmethod
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, ClassVar
 
@@ -231,42 +232,20 @@ class ReversibleRNNBase(nn.RNNBase):
                 x = torch.cat(outputs, dim=-1) if len(outputs) > 1 else outputs[0]
                 x = F.dropout(x, self.dropout, self.training)
                 outputs = []
-            weight_ih = getattr(self, f"weight_ih_{suffix}")
-            weight_hh = getattr(self, f"weight_hh_{suffix}")
-            bias = (
-                getattr(self, f"bias_ih_{suffix}") + getattr(self, f"bias_hh_{suffix}")
-                if self.bias
-                else None
-            )
-            initial = [state[index] for state in given]
-            tensors = [x, weight_ih, weight_hh, bias, *initial]
+            tensors = [x, *self.effective_weights(suffix), *(state[index] for state in given)]
             settings = Settings(
                 cell,
                 Schedule(batch_sizes, chunk_steps, suffix.endswith("_reverse")),
                 products,
                 store=torch.is_grad_enabled()
                 and any(t.requires_grad for t in tensors if t is not None),
-                on_forward=partial(self._record, suffix, products.dtype.itemsize),
+                on_forward=partial(self.record, suffix),
             )
             out, *final = reversible_layer(settings, *tensors)
             outputs.append(out)
             finals.append(tuple(final))
         out = torch.cat(outputs, dim=-1) if len(outputs) > 1 else outputs[0]
         return out, [torch.stack(states) for states in zip(*finals, strict=True)]
-
-    def _record(self, name: str, element_size: int, layer: LayerSweep, state: SweepState) -> None:
-        schedule = layer.schedule
-        self.last_passes[name] = Pass(
-            cell=self.cell,
-            device_type=layer.weight_hh.device.type,
-            batch=schedule.batch,
-            rows=schedule.rows,
-            element_size=element_size,
-            stored=state.words is not None,
-            words=len(state.words or ()),
-            chunk_rows=max(len(chunk) for chunk in schedule.chunks()),
-            gate_counts=layer.gate_counts,
-        )
 
     def _check(self, x: Tensor, batch_sizes: list[int], given: list[Tensor]) -> None:
         if x.shape[-1] != self.input_size:
@@ -288,13 +267,31 @@ class ReversibleRNNBase(nn.RNNBase):
                 f"{self.cell.name} has weights of {weight.dtype}, got an input of {x.dtype}. "
                 "Convert one of them, or run under autocast."
             )
-        shape = (len(self._layers()), batch_sizes[0], self.hidden_size)
-        growth = self.cell.growth(len(batch_sizes))
-        allowed = {x.dtype, torch.promote_types(x.dtype, torch.float32)}
+        self.check_states(given, batch_sizes[0], len(batch_sizes), x.dtype)
+
+    def check_states(
+        self, given: Sequence[Tensor], batch: int, steps: int, dtype: torch.dtype
+    ) -> None:
+        """Raise unless initial states suit this layer.
+
+        Args:
+            given: h_0 (and c_0), or nothing for zero states.
+            batch: sequences.
+            steps: time steps of the longest.
+            dtype: of the input.
+
+        Raises:
+            ValueError: for a wrong shape or dtype, or a state that could leave the fixed-point
+                range.
+        """
+        shape = (len(self._layers()), batch, self.hidden_size)
+        growth = self.cell.growth(steps)
+        allowed = {dtype, torch.promote_types(dtype, torch.float32)}
         for name, state in zip(("h_0", "c_0"), given, strict=False):
+            autocast = torch.is_autocast_enabled(state.device.type)
             if not autocast and state.dtype not in allowed:
                 raise ValueError(
-                    f"{name} must have the dtype of the input, {x.dtype}, got {state.dtype}."
+                    f"{name} must have the dtype of the input, {dtype}, got {state.dtype}."
                 )
             if tuple(state.shape) != shape:
                 raise ValueError(
@@ -303,7 +300,39 @@ class ReversibleRNNBase(nn.RNNBase):
                 )
             self.cell.fixed_point.check(state, name, growth)
         if not given:
-            self.cell.fixed_point.check(x.new_zeros(1), "the zero state", growth)
+            self.cell.fixed_point.check(torch.zeros(1), "the zero state", growth)
+
+    def effective_weights(self, suffix: str) -> tuple[Tensor, Tensor, Tensor | None]:
+        """weight_ih, weight_hh and the sum of the biases, or None, of a layer and direction."""
+        bias = None
+        if self.bias:
+            bias = getattr(self, f"bias_ih_{suffix}") + getattr(self, f"bias_hh_{suffix}")
+        return getattr(self, f"weight_ih_{suffix}"), getattr(self, f"weight_hh_{suffix}"), bias
+
+    def record(
+        self,
+        suffix: str,
+        layer: LayerSweep,
+        state: SweepState,
+        together: bool = False,
+        segments: int = 1,
+    ) -> None:
+        """Remember for `memory_report` what a forward sweep over a layer and direction stored."""
+        schedule = layer.schedule
+        self.last_passes[suffix] = Pass(
+            cell=self.cell,
+            device_type=layer.weight_hh.device.type,
+            batch=schedule.batch,
+            rows=schedule.rows,
+            element_size=layer.products.dtype.itemsize,
+            stored=state.words is not None,
+            words=len(state.words or ()),
+            chunk_rows=max(len(chunk) for chunk in schedule.chunks()),
+            chunk_steps=schedule.chunk_steps,
+            together=together,
+            segments=segments,
+            gate_counts=layer.gate_counts if state.gate_counts is None else state.gate_counts,
+        )
 
 
 def _products(x: Tensor) -> Products:

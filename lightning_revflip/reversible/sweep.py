@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_revflip.reversible.buffer import GATE_ONE, InformationBuffer, WordStream
+from lightning_revflip.reversible.buffer import GATE_ONE, InformationBuffer, Words
 from lightning_revflip.reversible.cells import Cell, Undone
 from lightning_revflip.reversible.products import Products
 from lightning_revflip.reversible.schedule import Chunk, Schedule
@@ -35,17 +35,17 @@ class SweepState:
 
     Args:
         cell: the cell they belong to.
-        halves: float64 integers of either half, each (batch, states * half).
+        halves: integers of either half, each (batch, states * half), as `cell.storage` keeps them.
         buffers: buffer states of either half, the same shape; (batch, 0) without forgetting.
-        words: the word stream of both; None for a pass that is never reversed.
+        words: the words of both; None for a pass that is never reversed.
     """
 
     def __init__(
-        self, cell: Cell[Any], halves: list[Tensor], buffers: list[Tensor], words: WordStream | None
+        self, cell: Cell[Any], halves: list[Tensor], buffers: list[Tensor], words: Words | None
     ) -> None:
         self.cell = cell
         self.halves = halves
-        self.buffers = [InformationBuffer(state, words) for state in buffers]
+        self.buffers = cell.storage.buffers(buffers, words)
         self.words = words
 
     @classmethod
@@ -60,22 +60,64 @@ class SweepState:
             halves = [torch.cat(parts, dim=1) for parts in zip(*pairs, strict=True)]
         else:
             halves = list(torch.zeros(2, batch, width, dtype=torch.float64, device=device))
-        units = width if cell.forgets else 0
-        buffers = [InformationBuffer.initial_state(batch, units, device=device) for _ in range(2)]
-        return cls(cell, halves, buffers, WordStream(device=device) if store else None)
+        return cls.resumed(cell, torch.stack(halves), store)
+
+    @classmethod
+    def resumed(cls, cell: Cell[Any], halves: Tensor, store: bool) -> "SweepState":
+        """Given states, integers of shape (2, batch, states * half), and empty buffers."""
+        batch, width = halves.shape[1:]
+        units, device = width if cell.forgets else 0, halves.device
+        buffers = InformationBuffer.initial_state(2, batch, units, device=device)
+        words = cell.storage.words(batch, device) if store else None
+        return cls._kept(cell, halves, buffers, words)
 
     @classmethod
     def from_compact(
         cls, cell: Cell[Any], halves: Tensor, buffers: Tensor, words: Tensor
     ) -> "SweepState":
         """The state that `compact` describes."""
-        return cls(cell, list(halves.double()), list(buffers.double()), WordStream(words))
+        kept_words = cell.storage.words(halves.shape[1], halves.device, words)
+        return cls._kept(cell, halves, buffers, kept_words)
+
+    @classmethod
+    def _kept(
+        cls, cell: Cell[Any], halves: Tensor, buffers: Tensor, words: Words | None
+    ) -> "SweepState":
+        """Copies of the integers in the cell's own dtype: a sweep works in place."""
+        dtype = cell.storage.integers
+        return cls(
+            cell, list(halves.to(dtype, copy=True)), list(buffers.to(dtype, copy=True)), words
+        )
 
     def compact(self) -> tuple[Tensor, Tensor, Tensor]:
         """int32 states, int32 buffers and int16 words: all that a backward sweep starts from."""
         assert self.words is not None
         buffers = torch.stack([buffer.state for buffer in self.buffers])
         return torch.stack(self.halves).int(), buffers.int(), self.words.pack()
+
+    def reserve(self, steps: int, certain: bool = False) -> None:
+        """Make room for the words of a forward sweep of `steps` steps, where room must be made.
+
+        Args:
+            steps: of the longest sequence.
+            certain: for all that the gates could forget, where the usual may be less.
+        """
+        if self.words is not None:
+            self.words.reserve(steps, certain)
+
+    def overflowed(self) -> bool:
+        """Whether words were lost; then repeat the sweep after `reserve(steps, certain=True)`."""
+        return self.words is not None and self.words.overflowed()
+
+    @property
+    def gate_counts(self) -> Tensor | None:
+        """How often each forget gate occurred, shape (1025,), for a cell that counts by itself."""
+        return self.buffers[0].gate_counts
+
+    def checksums(self) -> list[Tensor]:
+        """Scalars, one of them NaN or infinite if a state or a gate was."""
+        sums = [half.sum(dtype=torch.float64) for half in self.halves]
+        return sums + [buffer.checksum() for buffer in self.buffers]
 
     def outputs(self, dtype: torch.dtype) -> list[Tensor]:
         """The h of either half as floats, each (batch, half)."""
@@ -179,7 +221,8 @@ class LayerSweep:
             HalfWeights(half, self._sizes, self.products, self.dtype)
             for half in self.weight_hh.chunk(2, dim=0)
         ]
-        self._checksums = [self.weight_hh.sum(dtype=torch.float64)]
+        # Not finite as soon as one of the numbers in it is not.
+        self._checksum = self.weight_hh.sum(dtype=torch.float64)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -200,7 +243,8 @@ class LayerSweep:
             out: receives h after every step, shape (chunk rows, hidden_size).
         """
         cell, projected = self.cell, self._project(x)
-        self._checksums += [half.sum(dtype=torch.float64) for half in projected]
+        for half_projected in projected:
+            self._checksum += half_projected.sum(dtype=torch.float64)
         outputs = state.outputs(self.dtype)
         forget_gates = []
         for step in chunk.steps:
@@ -209,8 +253,8 @@ class LayerSweep:
                 other = outputs[1 - half][:rows]
                 gates = cell.activate(projected[half][step], other, self._hh[half])
                 alive = state.halves[half][:rows]
-                cell.forward_(alive, gates, state.buffers[half])
-                outputs[half] = _replace_rows(outputs[half], cell.output(alive, self.dtype))
+                new_h = cell.advance(alive, gates, state.buffers[half], self.dtype)
+                outputs[half] = _replace_rows(outputs[half], new_h)
                 out[step, half * cell.half : (half + 1) * cell.half] = outputs[half][:rows]
                 integer = cell.forget_gates(gates)
                 if integer is not None:
@@ -222,18 +266,42 @@ class LayerSweep:
 
     def is_finite(self, state: SweepState) -> bool:
         """Whether all inputs and gates of the forward sweep so far were finite numbers."""
-        sums = [*self._checksums, *(half.sum() for half in state.halves)]
+        sums = [self._checksum, *state.checksums()]
         return bool(torch.stack(sums).isfinite().all())
 
     def undo_chunk(
-        self, chunk: Chunk, x: Tensor, state: SweepState
+        self, chunk: Chunk, x: Tensor, state: SweepState, out: Tensor | None = None
     ) -> list[tuple[HalfStep, HalfStep]]:
-        """Move `state` back over a chunk; returns its steps in processing order."""
+        """Move `state` back over a chunk.
+
+        Args:
+            chunk: the steps.
+            x: as in `forward_chunk`.
+            state: modified in place.
+            out: receives what `forward_chunk` wrote there, if given.
+
+        Returns:
+            The steps in processing order, for `differentiate_chunk`.
+
+        Raises:
+            ReversalError: if the information buffer runs empty.
+        """
+        try:
+            return self._undo_chunk(chunk, x, state, out)
+        except IndexError as error:
+            raise ReversalError("the information buffer ran empty") from error
+
+    def _undo_chunk(
+        self, chunk: Chunk, x: Tensor, state: SweepState, out: Tensor | None
+    ) -> list[tuple[HalfStep, HalfStep]]:
         cell, projected = self.cell, self._project(x)
         outputs = state.outputs(self.dtype)
         steps = []
         for step in reversed(chunk.steps):
             rows = step.stop - step.start
+            if out is not None:
+                for part, half_out in zip(out[step].chunk(2, dim=1), outputs, strict=True):
+                    part.copy_(half_out[:rows])
             pair: dict[int, HalfStep] = {}
             for half in (1, 0):
                 other = outputs[1 - half][:rows]

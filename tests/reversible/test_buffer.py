@@ -1,12 +1,14 @@
 """The information buffer: exact inverse, bounded, and hardly larger than what was forgotten."""
 
 import math
+from unittest.mock import patch
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lightning_revflip.reversible import buffer as buffer_module
 from lightning_revflip.reversible.buffer import (
     InformationBuffer,
     WordStream,
@@ -241,21 +243,23 @@ def test_a_buffer_is_initial_only_while_it_holds_nothing():
     assert not buffer.is_initial()
 
 
+@pytest.mark.parametrize("block_words", [1, 7, 2**15])
 @given(st.lists(st.lists(st.integers(0, 2**16 - 1), max_size=6), max_size=20), st.data())
 @examples(max_examples=100)
-def test_word_stream_is_a_stack(batches, data):
-    stream, truth = WordStream(), []
-    for batch in batches:
-        stream.push(numbers(batch))
-        truth += batch
-        if data.draw(st.booleans()):
-            count = data.draw(st.integers(0, len(truth)))
-            assert stream.pop(count).tolist() == truth[len(truth) - count :]
-            del truth[len(truth) - count :]
-        assert len(stream) == len(truth)
-    reopened = WordStream(stream.pack())
-    assert reopened.pop(len(truth)).tolist() == truth
-    assert len(reopened) == 0
+def test_word_stream_is_a_stack(block_words, batches, data):
+    with patch.object(buffer_module, "_BLOCK_WORDS", block_words):
+        stream, truth = WordStream(), []
+        for batch in batches:
+            stream.push(numbers(batch))
+            truth += batch
+            if data.draw(st.booleans()):
+                count = data.draw(st.integers(0, len(truth)))
+                assert stream.pop(count).tolist() == truth[len(truth) - count :]
+                del truth[len(truth) - count :]
+            assert len(stream) == len(truth)
+        reopened = WordStream(stream.pack())
+        assert reopened.pop(len(truth)).tolist() == truth
+        assert len(reopened) == 0
 
 
 def test_word_stream_packs_two_bytes_per_word():

@@ -1,5 +1,7 @@
 """Faster implementations of the cells, chosen per pass; `cells.py` is the specification."""
 
+import importlib.util
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -17,23 +19,42 @@ def fastest(cell: Cell[Any], device: torch.device, dtype: torch.dtype) -> Cell[A
 
     Both passes of a sweep must use what the first one got.
     """
-    if not (cell.forgets and device.type == "cpu" and dtype != torch.float64):
+    if not cell.forgets or dtype == torch.float64 or not _native_allowed.get():
         return cell
-    from lightning_revflip.reversible.kernels import native, native_cells
-
-    if not _native_allowed.get() or native.library() is None:
-        return cell
-    native_types: dict[type[Cell[Any]], type[Cell[Any]]] = {
-        RevGRUCell: native_cells.NativeGRUCell,
-        RevLSTMCell: native_cells.NativeLSTMCell,
-    }
-    kind = native_types.get(type(cell))
+    kind = _implementations(device).get(type(cell))
     return cell if kind is None else kind(cell.hidden_size, cell.max_forget_bits)
+
+
+def _implementations(device: torch.device) -> dict[type[Cell[Any]], type[Cell[Any]]]:
+    if device.type == "cpu":
+        from lightning_revflip.reversible.kernels import native, native_cells
+
+        if native.library() is not None:
+            return {
+                RevGRUCell: native_cells.NativeGRUCell,
+                RevLSTMCell: native_cells.NativeLSTMCell,
+            }
+    if device.type == "cuda" and _triton_runs_on(device):
+        from lightning_revflip.reversible.kernels import triton_cells
+
+        return {RevGRUCell: triton_cells.TritonGRUCell, RevLSTMCell: triton_cells.TritonLSTMCell}
+    return {}
+
+
+def _triton_runs_on(device: torch.device) -> bool:
+    """Whether there are kernels for this GPU; `REVFLIP_TRITON=0` says no."""
+    return (
+        os.environ.get("REVFLIP_TRITON") != "0"
+        and torch.cuda.is_available()
+        and torch.version.hip is None  # untested there
+        and torch.cuda.get_device_capability(device) >= (7, 0)
+        and importlib.util.find_spec("triton") is not None
+    )
 
 
 @contextmanager
 def torch_only() -> Iterator[None]:
-    """Within this context layers run by torch alone, as where there is no C compiler."""
+    """Within this context layers run by torch alone, as without a C compiler and without Triton."""
     token = _native_allowed.set(False)
     try:
         yield

@@ -34,7 +34,7 @@ def divide_(buffer: InformationBuffer, state: Tensor, gate: Tensor) -> None:
     """`buffer.divide_` for a float gate, a multiple of 1/1024."""
     if buffer.words is None:
         raise IndexError("this buffer dropped its words and cannot be reversed")
-    words = buffer.words.top()
+    words = buffer.words.top(gate.numel())
     count = call("divide", gate.numel(), state, buffer.state, gate, words, len(words))
     if count < 0:
         raise IndexError("the word stream holds fewer words than this step must take back")
