@@ -8,10 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_revflip.convert import apply_spec, convert, load_from_checkpoint
 from lightning_revflip.reversible import (
+    LinearCrossEntropy,
+    LockedDropout,
     MemoryReport,
     ReversalError,
+    ReversibleSequence,
     RevGRU,
     RevLSTM,
+    SequenceNoise,
     memory_report,
 )
 
@@ -21,12 +25,16 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "LinearCrossEntropy",
+    "LockedDropout",
     "MemoryMonitor",
     "MemoryReport",
     "RevGRU",
     "RevLSTM",
     "ReversalError",
     "ReversibleRNN",
+    "ReversibleSequence",
+    "SequenceNoise",
     "apply_spec",
     "convert",
     "load_from_checkpoint",

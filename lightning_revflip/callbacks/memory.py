@@ -20,7 +20,9 @@ class MemoryMonitor(Callback):
       callback resets the allocator's peak statistics);
     - `memory/saved_for_backward_bytes` elsewhere: bytes that autograd keeps for the backward pass,
       without parameters and buffers; each storage counts once. Reversible layers keep their
-      buffers that way, so these are included. Counted until the first backward pass of the batch;
+      buffers that way, so these are included. Counted until the first backward pass of the batch.
+      Not counted: the gradients that a ReversibleSequence has ready by then, which are those that
+      any model has after the backward pass;
     - with reversible layers, of their last call: `reversible/bits_per_unit_step`,
       `reversible/stored_bits`, `reversible/kept_bytes`, `reversible/savings` (kept bytes against
       those of nn.GRU and nn.LSTM), and `reversible/bits_per_unit_step/<layer>`.

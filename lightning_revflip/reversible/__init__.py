@@ -1,7 +1,20 @@
 """Exact reversible recurrences: GRU and LSTM training that stores only what was forgotten."""
 
+from lightning_revflip.reversible.cross_entropy import LinearCrossEntropy
+from lightning_revflip.reversible.replay import LockedDropout, SequenceNoise
 from lightning_revflip.reversible.report import MemoryReport, memory_report
 from lightning_revflip.reversible.rnn import RevGRU, RevLSTM
+from lightning_revflip.reversible.sequence import ReversibleSequence
 from lightning_revflip.reversible.sweep import ReversalError
 
-__all__ = ["MemoryReport", "RevGRU", "RevLSTM", "ReversalError", "memory_report"]
+__all__ = [
+    "LinearCrossEntropy",
+    "LockedDropout",
+    "MemoryReport",
+    "RevGRU",
+    "RevLSTM",
+    "ReversalError",
+    "ReversibleSequence",
+    "SequenceNoise",
+    "memory_report",
+]

@@ -1,0 +1,125 @@
+"""The autograd Function of `ReversibleSequence`.
+
+A read-out that returns a loss is differentiated in the forward pass, in the sweep back that follows
+at once: it runs once, and all that is kept are the gradients. A read-out that returns outputs runs
+in the forward sweep, and again in the backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from lightning_revflip.reversible.autograd import saved_tensors
+from lightning_revflip.reversible.sequence_pass import (
+    MaybeTensor,
+    Results,
+    SequencePass,
+    SequencePlan,
+    Tensors,
+    in_groups,
+)
+from lightning_revflip.reversible.sweep import SweepState
+
+
+class ReversibleSequenceFunction(torch.autograd.Function):
+    """Results of the read-out, then the final h (and c) of each layer.
+
+    Arguments of `apply`: the plan, then all tensors in the order of `Tensors`.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, plan: SequencePlan, *flat: MaybeTensor) -> tuple[Tensor, ...]:
+        tensors = Tensors.grouped(flat, plan.sizes)
+        needed = ctx.needs_input_grad[1:] if plan.store and plan.early else [False] * len(flat)
+        needs = Tensors.grouped(needed, plan.sizes)
+        run = SequencePass(plan, tensors, needs)
+        results = Results(plan)
+        early = plan.store and plan.early
+        states, starts = run.run(lambda: run.forward(None if early else run.visit(results)))
+        dtype = cast(Tensor, tensors.weights[0]).dtype
+        finals = [part for state in states for part in state.floats(dtype)]
+        ctx.set_materialize_grads(False)
+        if early:
+
+            def grads_of(steps: range, result: tuple[Tensor, ...]) -> Sequence[MaybeTensor]:
+                _check_has_gradient(result[0])
+                results.add(steps, result)
+                return [torch.ones_like(result[0]), *[None] * (len(result) - 1)]
+
+            ctx.gradients = run.run(
+                lambda: run.backward(states, starts, grads_of, [None] * len(finals))
+            )
+            found = results.all()
+            ctx.mark_non_differentiable(*found[1:], *finals)
+            return (*found, *finals)
+        found = results.all()
+        if plan.store:
+            ctx.plan, ctx.results = plan, len(found)
+            compact = [part for state in states for part in state.compact()]
+            before = [half for start in starts for half in start]
+            ctx.save_for_backward(*flat, *before, *compact)
+            if plan.loss:
+                ctx.mark_non_differentiable(*found[1:])
+        return (*found, *finals)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: MaybeTensor) -> tuple[MaybeTensor, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "double backward through a ReversibleSequence is not supported: its gradient "
+                "cannot be differentiated again (create_graph=True)."
+            )
+        if hasattr(ctx, "gradients"):
+            return (None, *_scaled(ctx, grads[0]))
+        plan: SequencePlan = ctx.plan
+        saved = saved_tensors(ctx)
+        count, layers = sum(plan.sizes), len(plan.stack.cells)
+        flat, before, compact = (
+            saved[:count],
+            in_groups(saved[count : -3 * layers], layers),
+            in_groups(saved[-3 * layers :], 3),
+        )
+        needs = Tensors.grouped(ctx.needs_input_grad[1:], plan.sizes)
+        run = SequencePass(plan, Tensors.grouped(flat, plan.sizes), needs)
+        grad_results, grad_finals = grads[: ctx.results], grads[ctx.results :]
+        layout = plan.stack.layout
+
+        def grads_of(steps: range, result: tuple[Tensor, ...]) -> Sequence[MaybeTensor]:
+            return [
+                grad if grad is None or part.dim() == 0 else layout.cut(grad, steps)
+                for part, grad in zip(result, grad_results, strict=True)
+            ]
+
+        states = [
+            SweepState.from_compact(cell, *parts)
+            for cell, parts in zip(plan.stack.cells, compact, strict=True)
+        ]
+        wanted = None if all(grad is None for grad in grad_results) else grads_of
+        return (None, *run.run(lambda: run.backward(states, before, wanted, grad_finals)))
+
+
+def _check_has_gradient(loss: Tensor) -> None:
+    if not loss.requires_grad:
+        raise ValueError(
+            "read_out returned a loss without gradient: it does not depend on the hidden states or "
+            "on parameters that require one, or was detached (`.item()`, `.detach()`, argmax, "
+            "torch.no_grad). Return a differentiable loss, or call the sequence under "
+            "torch.no_grad()."
+        )
+
+
+def _scaled(ctx: Any, grad_loss: MaybeTensor) -> list[MaybeTensor]:
+    """The gradients of an early pass times that of the loss."""
+    if ctx.gradients is None:
+        raise RuntimeError(
+            "Trying to backward through a ReversibleSequence a second time: its gradients were "
+            "handed over the first time. Call the sequence again."
+        )
+    gradients, ctx.gradients = ctx.gradients, None
+    if grad_loss is None:
+        return [None] * len(gradients)
+    return [None if grad is None else grad.mul_(grad_loss) for grad in gradients]

@@ -1,0 +1,364 @@
+"""One pass of a `ReversibleSequence`: the stack's sweeps with the read-out on top of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.func import functional_call
+
+from lightning_revflip.reversible.autograd import raise_not_finite, zero_gradients
+from lightning_revflip.reversible.stack_sweep import Leaf, StackPlan, StackSweep, differentiate
+from lightning_revflip.reversible.sweep import SweepState
+from lightning_revflip.reversible.tables import InPlaceGradients
+
+MaybeTensor = Tensor | None
+
+
+class Tensors(NamedTuple):
+    """The tensor arguments of a pass, or their gradients."""
+
+    inputs: Sequence[MaybeTensor]
+    per_step: Sequence[MaybeTensor]
+    shared: Sequence[MaybeTensor]
+    parameters: Sequence[MaybeTensor]
+    """Of the modules, each once."""
+    weights: Sequence[MaybeTensor]
+    """weight_ih, weight_hh, bias or None of each layer in turn."""
+    initial: Sequence[MaybeTensor]
+    """h (and c) of each layer in turn, (batch, hidden_size); empty for zero states."""
+
+    def flat(self) -> list[MaybeTensor]:
+        """All of them in one list."""
+        return [tensor for group in self for tensor in group]
+
+    def sizes(self) -> list[int]:
+        """How many there are in each group."""
+        return [len(group) for group in self]
+
+    @classmethod
+    def grouped(cls, flat: Sequence[Any], sizes: Sequence[int]) -> Tensors:
+        """What `flat` and `sizes` describe."""
+        rest = iter(flat)
+        return cls(*([next(rest) for _ in range(size)] for size in sizes))
+
+
+class Modules(nn.Module):
+    """The user's modules under one roof, so that their parameters can be swapped together."""
+
+    def __init__(self, fronts: Sequence[Callable[..., Tensor]], read_out: nn.Module) -> None:
+        super().__init__()
+        modules = [front for front in fronts if isinstance(front, nn.Module)]
+        for part in (part for module in [*modules, read_out] for part in module.modules()):
+            if getattr(part, "sparse", False) is True:
+                raise ValueError(
+                    f"{part} asks for sparse gradients, which a ReversibleSequence does not make. "
+                    "Use sparse=False: no dense gradient is made per chunk either."
+                )
+        self.parts = nn.ModuleList([*modules, read_out])
+        self.names = dict(self.named_parameters())
+        order = {id(parameter): number for number, parameter in enumerate(self.names.values())}
+        self.of_front = [
+            [order[id(p)] for p in front.parameters()] if isinstance(front, nn.Module) else []
+            for front in fronts
+        ]
+        self.of_read_out = [order[id(p)] for p in read_out.parameters()]
+
+    def forward(self, run: Callable[[], Any]) -> Any:
+        return run()
+
+
+@dataclass(frozen=True)
+class SequencePlan:
+    """What a pass is told besides tensors."""
+
+    stack: StackPlan
+    modules: Modules
+    read_out: nn.Module
+    read_out_steps: int
+    shared_names: Sequence[str]
+    states: int
+    """State tensors of each layer: 1 (h) or 2 (h and c)."""
+    loss: bool
+    """Whether the read-out returns a loss."""
+    store: bool
+    """Whether gradients are wanted."""
+    early: bool
+    """Whether they are computed in the forward pass."""
+    sizes: Sequence[int]
+    """Of the groups of `Tensors`."""
+    on_forward: Callable[[StackSweep, Sequence[SweepState]], None]
+    """Called after the forward sweep, for statistics."""
+
+
+class SequencePass:
+    """One sweep forward or back with all that it accumulates."""
+
+    def __init__(self, plan: SequencePlan, tensors: Tensors, needs: Tensors) -> None:
+        self.plan = plan
+        self.tensors = tensors
+        self.device = cast(Tensor, tensors.weights[0]).device
+        self.parameters = _leaves(tensors.parameters, needs.parameters)
+        self.shared = _leaves(tensors.shared, needs.shared)
+        self.per_step = _zeros(tensors.per_step, needs.per_step)
+        self.inputs = _zeros(tensors.inputs, needs.inputs)
+        leaves = [leaf for leaf in self.parameters if isinstance(leaf, Leaf)]
+        self.tables = InPlaceGradients([(leaf.tensor, leaf.total) for leaf in leaves])
+        self.stack = StackSweep(
+            plan.stack,
+            in_groups(tensors.weights, 3),
+            in_groups(tensors.initial, plan.states) or [[] for _ in plan.stack.cells],
+            tensors.inputs,  # type: ignore[arg-type]
+            [self._used(numbers) for numbers in plan.modules.of_front],
+            self.tables,
+        )
+        self._read_out_leaves = self._used(plan.modules.of_read_out)
+        self._read_out_leaves += [leaf for leaf in self.shared if isinstance(leaf, Leaf)]
+
+    def _used(self, numbers: Sequence[int]) -> list[Leaf]:
+        leaves = [self.parameters[number] for number in numbers]
+        return [leaf for leaf in leaves if isinstance(leaf, Leaf)]
+
+    def run(self, sweep: Callable[[], Any]) -> Any:
+        """Call a function that sweeps, with leaves for parameters and replayed randomness."""
+        values = [leaf.tensor if isinstance(leaf, Leaf) else leaf for leaf in self.parameters]
+        swapped = dict(zip(self.plan.modules.names, values, strict=True))
+        # The graphs of a chunk live and die in here: they are no business of a caller's hooks.
+        private = saved_tensors_hooks(_same, _same)
+        numbers = torch.autocast(self.device.type, enabled=False)
+        with private, self.plan.stack.replay.running(), numbers:
+            return functional_call(self.plan.modules, swapped, (sweep,))  # type: ignore[arg-type]
+
+    # --- read-out ----------------------------------------------------------------------------
+
+    def pieces(self, number: int) -> list[range]:
+        """The time steps of a chunk in parts that the read-out gets at a time."""
+        steps, size = self.stack.steps(number), self.plan.read_out_steps
+        return [range(i, min(i + size, steps.stop)) for i in range(steps.start, steps.stop, size)]
+
+    def call_read_out(
+        self, steps: range, rows: Tensor, per_step: Sequence[MaybeTensor]
+    ) -> tuple[Tensor, ...]:
+        """What the read-out returns for some time steps, always as a tuple."""
+        plan, layout = self.plan.stack, self.plan.stack.layout
+        shared = {
+            name: leaf.tensor if isinstance(leaf, Leaf) else leaf
+            for name, leaf in zip(self.plan.shared_names, self.shared, strict=True)
+        }
+        packed = layout.packed_rows(steps, self.device)
+        with plan.replay.at(-1, steps.start, packed=packed), plan.autocast.restored(), self.tables:
+            result = self.plan.read_out(layout.unflat(rows, steps), *per_step, **shared)
+        return checked_result(result, layout.shape(steps), self.plan.loss)
+
+    def differentiate_read_out(
+        self,
+        number: int,
+        top: Tensor,
+        grads_of: Callable[[range, tuple[Tensor, ...]], Sequence[MaybeTensor]],
+    ) -> Tensor:
+        """The gradient of a chunk's outputs of the top layer, by the read-out on them.
+
+        Args:
+            number: of the chunk.
+            top: (rows, hidden_size).
+            grads_of: maps time steps and what the read-out returned to its gradients.
+        """
+        layout = self.plan.stack.layout
+        grad_top = torch.zeros_like(top, dtype=torch.promote_types(top.dtype, torch.float32))
+        first = layout.rows(self.stack.steps(number)).start
+        for steps in self.pieces(number):
+            rows = layout.rows(steps)
+            part = slice(rows.start - first, rows.stop - first)
+            leaf = Leaf(top[part].detach().requires_grad_(), grad_top[part])
+            per_step = [
+                None
+                if given is None
+                else layout.cut(given, steps)
+                if grad is None
+                else Leaf(
+                    layout.cut(given, steps).detach().requires_grad_(), layout.cut(grad, steps)
+                )
+                for given, grad in zip(self.tensors.per_step, self.per_step, strict=True)
+            ]
+            leaves = [leaf, *(arg for arg in per_step if isinstance(arg, Leaf))]
+            values = [arg.tensor if isinstance(arg, Leaf) else arg for arg in per_step]
+            with torch.enable_grad():
+                result = self.call_read_out(steps, leaf.tensor, values)
+            differentiate(result, grads_of(steps, result), [*leaves, *self._read_out_leaves])
+            del result
+        return grad_top
+
+    # --- sweeps ------------------------------------------------------------------------------
+
+    def forward(self, visit: Callable[[int, Tensor], None] | None) -> Any:
+        """Sweep forward; returns final states and segment starts."""
+        states, starts = self.stack.forward(self.plan.store, visit)
+        if not self.stack.is_finite(states):
+            named = {
+                "the parameters": self.tensors.parameters,
+                "the recurrent weights": self.tensors.weights,
+                "the inputs": self.tensors.inputs,
+            }
+            raise_not_finite(
+                {f"{name} ({i})": t for name, group in named.items() for i, t in enumerate(group)}
+            )
+        self.plan.on_forward(self.stack, states)
+        return states, starts
+
+    def visit(self, results: Results) -> Callable[[int, Tensor], None]:
+        """A visitor that runs the read-out without gradients."""
+        layout = self.plan.stack.layout
+
+        def read(number: int, top: Tensor) -> None:
+            first = layout.rows(self.stack.steps(number)).start
+            for steps in self.pieces(number):
+                rows = layout.rows(steps)
+                per_step = [
+                    None if t is None else layout.cut(t, steps) for t in self.tensors.per_step
+                ]
+                with torch.no_grad():
+                    part = top[rows.start - first : rows.stop - first]
+                    results.add(steps, self.call_read_out(steps, part, per_step))
+
+        return read
+
+    def backward(
+        self,
+        states: Sequence[SweepState],
+        starts: Sequence[list[Tensor]],
+        grads_of: Callable[[range, tuple[Tensor, ...]], Sequence[MaybeTensor]] | None,
+        grad_finals: Sequence[MaybeTensor],
+    ) -> list[MaybeTensor]:
+        """Sweep back; returns the gradient of every tensor argument.
+
+        Args:
+            states: of each layer after the last step.
+            starts: as `StackSweep.forward` returned them.
+            grads_of: see `differentiate_read_out`; None if no result has a gradient.
+            grad_finals: of each layer's final h (and c), or None.
+        """
+        grouped = in_groups(grad_finals, self.plan.states)
+        layers = self.stack.layers
+        grads = [zero_gradients(layer, g) for layer, g in zip(layers, grouped, strict=True)]
+
+        def read_out(number: int, top: Tensor) -> MaybeTensor:
+            return None if grads_of is None else self.differentiate_read_out(number, top, grads_of)
+
+        self.stack.backward(states, starts, read_out, grads, self.inputs)
+        weights = [part for g in grads for part in (g.weight_ih, g.weight_hh, g.bias)]
+        initial: list[MaybeTensor] = []
+        if self.tensors.initial:
+            initial = [
+                torch.cat(pair, dim=1) for g in grads for pair in zip(*g.states, strict=True)
+            ]
+        found = Tensors(
+            self.inputs,
+            self.per_step,
+            [leaf.total if isinstance(leaf, Leaf) else None for leaf in self.shared],
+            [leaf.total if isinstance(leaf, Leaf) else None for leaf in self.parameters],
+            weights,
+            initial,
+        )
+        return [
+            None if grad is None or tensor is None else grad.to(tensor.dtype)
+            for grad, tensor in zip(found.flat(), self.tensors.flat(), strict=True)
+        ]
+
+
+class Results:
+    """What the read-out returned for parts of the steps, put together.
+
+    Scalars are summed (in float64), tensors with time steps are joined.
+    """
+
+    def __init__(self, plan: SequencePlan) -> None:
+        self._layout = plan.stack.layout
+        self._found: list[Tensor] | None = None
+        self._dtypes: list[torch.dtype] = []
+
+    def add(self, steps: range, result: Sequence[Tensor]) -> None:
+        """Add what the read-out returned for some steps."""
+        layout = self._layout
+        if self._found is None:
+            self._dtypes = [part.dtype for part in result]
+            self._found = [
+                torch.zeros_like(part, dtype=_sum_dtype(part.dtype))
+                if part.dim() == 0
+                else part.new_empty(
+                    layout.shape(range(layout.steps)) + part.shape[layout.leading :]
+                )
+                for part in result
+            ]
+        for total, part in zip(self._found, result, strict=True):
+            if part.dim() == 0:
+                total.add_(part.detach())
+            else:
+                layout.cut(total, steps).copy_(part.detach())
+
+    def all(self) -> tuple[Tensor, ...]:
+        """The results of all steps."""
+        assert self._found is not None
+        return tuple(t.to(dtype) for t, dtype in zip(self._found, self._dtypes, strict=True))
+
+
+def checked_result(result: Any, shape: tuple[int, ...], loss: bool | None) -> tuple[Tensor, ...]:
+    """What a read-out returned, as a tuple.
+
+    Args:
+        result: a tensor or a tuple of them, each a scalar or with the leading dimensions `shape`.
+        shape: batch and time dimensions of the steps that the read-out was given.
+        loss: whether the first must be a scalar; None: either.
+
+    Raises:
+        ValueError: if it is something else.
+    """
+    parts = result if isinstance(result, tuple) and result else (result,)
+    for part in parts:
+        scalar_or_steps = isinstance(part, Tensor) and (
+            part.dim() == 0 or tuple(part.shape[: len(shape)]) == shape
+        )
+        if not scalar_or_steps:
+            got = tuple(part.shape) if isinstance(part, Tensor) else type(part).__name__
+            raise ValueError(
+                "read_out must return a scalar loss, or outputs for the time steps it was given "
+                f"(leading dimensions {shape}), or a tuple of these; got {got}."
+            )
+    if loss is not None and (parts[0].dim() == 0) != loss:
+        expected = "a scalar loss" if loss else "outputs per time step"
+        raise ValueError(
+            f"read_out returned {expected} when it was first called in this way, and something "
+            "else now. Let what it returns depend on its mode and its arguments only."
+        )
+    return tuple(parts)
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _leaves(tensors: Sequence[MaybeTensor], needs: Sequence[Any]) -> list[Leaf | Tensor | None]:
+    return [
+        Leaf.of(tensor) if need and tensor is not None else tensor
+        for tensor, need in zip(tensors, needs, strict=True)
+    ]
+
+
+def _zeros(tensors: Sequence[MaybeTensor], needs: Sequence[Any]) -> list[MaybeTensor]:
+    """Zeros to accumulate gradients in, for the tensors that need one."""
+    return [
+        torch.zeros_like(tensor) if need and tensor is not None else None
+        for tensor, need in zip(tensors, needs, strict=True)
+    ]
+
+
+def in_groups(items: Sequence[Any], size: int) -> list[list[Any]]:
+    """Consecutive groups of the same size."""
+    return [list(items[i : i + size]) for i in range(0, len(items), size)]
+
+
+def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype.is_floating_point else dtype
