@@ -1,10 +1,10 @@
-"""An ordinary recurrent language model: nothing here knows of reversibility."""
+"""A recurrent language model of ordinary layers, which `ReversibleRNN` may have replaced."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -13,12 +13,15 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.optim import SGD, Optimizer
 
+from lightning_revflip.reversible import LinearCrossEntropy, LockedDropout
 from recipes.common.perplexity import Perplexity
 from recipes.ptb.data import Prompt
 from recipes.ptb.decay import NonMonotonicDecay
-from recipes.ptb.dropout import call_with_weight_drop, embed_with_dropout, locked_dropout
+from recipes.ptb.dropout import EmbeddingWithDropout, drop_weights
+from recipes.ptb.sequence import SequenceReader
 from recipes.ptb.streams import IGNORED, Window
 
 State = Tensor | tuple[Tensor, Tensor]
@@ -69,9 +72,17 @@ class LanguageModel(LightningModule):
         patience: of `NonMonotonicDecay`, which is asked after every validation.
         weight_decay: of all parameters.
         clip_norm: largest norm of a gradient, unless the Trainer has a `gradient_clip_val`.
+        memory: `plain` computes a window layer by layer, and autograd keeps embeddings, outputs and
+            logits of all its steps. `sequence` computes it from the tokens to the loss in chunks of
+            steps, backwards too, and keeps nothing that grows with the window but what the
+            recurrent layers forget. These must be reversible: add the callback `ReversibleRNN`.
+            Parameters, checkpoints, loss and gradients are the same; `predict` is always plain.
+        chunk_steps: steps in a chunk of `sequence`; None chooses.
 
     Raises:
-        ValueError: for sizes that do not fit together, an unknown cell or a dropout outside [0, 1).
+        ValueError: for sizes that do not fit together, an unknown cell or memory mode, a dropout
+            outside [0, 1), `chunk_steps` below 1 or without `sequence`, and, when the first window
+            is read by `sequence`, for recurrent layers that are not reversible.
     """
 
     def __init__(
@@ -90,6 +101,8 @@ class LanguageModel(LightningModule):
         patience: int = 5,
         weight_decay: float = 1.2e-6,
         clip_norm: float = 0.1,
+        memory: Literal["plain", "sequence"] = "plain",
+        chunk_steps: int | None = None,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
@@ -110,22 +123,37 @@ class LanguageModel(LightningModule):
         for name, p in dropouts.items():
             if not 0 <= p < 1:
                 raise ValueError(f"{name} must be at least 0 and below 1, got {p}.")
+        if memory not in ("plain", "sequence"):
+            raise ValueError(f"memory must be 'plain' or 'sequence', got {memory!r}.")
+        if chunk_steps is not None and (memory == "plain" or chunk_steps < 1):
+            raise ValueError(
+                "chunk_steps must be at least 1, or None to choose, and needs memory='sequence'; "
+                f"got {chunk_steps} with memory={memory!r}."
+            )
         self.dropouts = dropouts
         self.lr = lr
         self.divide_lr_by = divide_lr_by
         self.patience = patience
         self.weight_decay = weight_decay
         self.clip_norm = clip_norm
+        self.memory = memory
+        self.chunk_steps = chunk_steps
 
         # Layers. Those that need the size of the vocabulary are made in configure_model.
         layer = nn.LSTM if cell == "lstm" else nn.GRU
         sizes = [embedding_size, *hidden_sizes]
         self.rnns = nn.ModuleList(map(layer, sizes[:-1], sizes[1:]))
+        self.input_dropout = LockedDropout(embedding_size, input_dropout)
+        self.hidden_dropouts = nn.ModuleList(
+            LockedDropout(size, hidden_dropout) for size in hidden_sizes[:-1]
+        )
+        self.output_dropout = LockedDropout(embedding_size, output_dropout)
         self.embedding_size = embedding_size
         self.embedding: nn.Embedding | None = None
         self.softmax: nn.Linear | None = None
         if vocab_size is not None:
             self._make_tied_layers(vocab_size)
+        self._reader: SequenceReader | None = None
 
         self.train_perplexity = Perplexity()
         self.val_perplexity = Perplexity()
@@ -150,11 +178,37 @@ class LanguageModel(LightningModule):
             self._make_tied_layers(len(vocabulary))
 
     def _make_tied_layers(self, vocab_size: int) -> None:
-        self.embedding = nn.Embedding(vocab_size, self.embedding_size)
-        self.softmax = nn.Linear(self.embedding_size, vocab_size)
+        size, p = self.embedding_size, self.dropouts["embedding_dropout"]
+        self.embedding = EmbeddingWithDropout(vocab_size, size, p)
+        if self.memory == "sequence":
+            self.softmax = LinearCrossEntropy(size, vocab_size, ignore_index=IGNORED)
+        else:
+            self.softmax = nn.Linear(size, vocab_size)
         nn.init.uniform_(self.embedding.weight, -0.1, 0.1)
         nn.init.zeros_(self.softmax.bias)
         self.softmax.weight = self.embedding.weight
+
+    def _tied_layers(self) -> tuple[nn.Embedding, nn.Linear]:
+        if self.embedding is None or self.softmax is None:
+            raise RuntimeError(
+                "The layers do not exist yet. Give LanguageModel(vocab_size=...), or let a Trainer "
+                "with a data module that has a `vocabulary` run the model."
+            )
+        return self.embedding, self.softmax
+
+    def _sequence_reader(self) -> SequenceReader:
+        """Made when it is needed: `ReversibleRNN` replaces recurrent layers before that."""
+        if self._reader is None:
+            embedding, softmax = self._tied_layers()
+            self._reader = SequenceReader(
+                [embedding, self.input_dropout],
+                list(self.rnns),
+                list(self.hidden_dropouts),
+                self.output_dropout,
+                cast(LinearCrossEntropy, softmax),
+                self.chunk_steps,
+            )
+        return self._reader
 
     # --- forward and loss --------------------------------------------------------------------
 
@@ -170,32 +224,51 @@ class LanguageModel(LightningModule):
         Returns:
             Logits of the next token, shape (steps, batch, vocabulary), and the states.
         """
-        if self.embedding is None or self.softmax is None:
-            raise RuntimeError(
-                "The layers do not exist yet. Give LanguageModel(vocab_size=...), or let a Trainer "
-                "with a data module that has a `vocabulary` run the model."
-            )
-        p = self.dropouts if self.training else dict.fromkeys(self.dropouts, 0.0)
-        hidden = embed_with_dropout(self.embedding, inputs, p["embedding_dropout"])
-        hidden = locked_dropout(hidden, p["input_dropout"])
+        embedding, softmax = self._tied_layers()
+        weights = self._drop_weights()
+        hidden = self.input_dropout(embedding(inputs))
         new_states = []
         for number, rnn in enumerate(self.rnns):
             if number > 0:
-                hidden = locked_dropout(hidden, p["hidden_dropout"])
+                hidden = self.hidden_dropouts[number - 1](hidden)
             state = None if states is None else states[number]
-            hidden, state = call_with_weight_drop(rnn, p["weight_drop"], hidden, state)
+            hidden, state = functional_call(rnn, weights[number], (hidden, state))
             new_states.append(state)
-        hidden = locked_dropout(hidden, p["output_dropout"])
-        return self.softmax(hidden), new_states
+        hidden = self.output_dropout(hidden)
+        return F.linear(hidden, softmax.weight, softmax.bias), new_states
+
+    def negative_log_likelihood(
+        self, inputs: Tensor, targets: Tensor, states: list[State] | None = None
+    ) -> tuple[Tensor, list[State]]:
+        """Read a window with known targets, in either memory mode.
+
+        Args:
+            inputs: int64, shape (steps, batch).
+            targets: int64, shape (steps, batch): the token after each input, or `IGNORED`.
+            states: of the recurrent layers, after the window before; None for zeros.
+
+        Returns:
+            The sum over all targets, in nats, and the states.
+        """
+        if self.memory == "sequence":
+            reader, weights = self._sequence_reader(), self._drop_weights()
+            return reader(inputs, targets, states, weights, self.training)
+        logits, states = self(inputs, states)
+        nll = F.cross_entropy(
+            logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum"
+        )
+        return nll, states
+
+    def _drop_weights(self) -> list[dict[str, Tensor]]:
+        """For each recurrent layer, what takes the place of its weights in this window."""
+        p = self.dropouts["weight_drop"] if self.training else 0.0
+        return [drop_weights(rnn, p) for rnn in self.rnns]
 
     def _read(self, window: Window, part: str, perplexity: Perplexity) -> Tensor:
         """Mean negative log-likelihood of a window, which goes on where the one before ended."""
         states = None if window.starts_stream else self._carried.get(part)
-        logits, states = self(window.inputs, states)
+        nll, states = self.negative_log_likelihood(window.inputs, window.targets, states)
         self._carried[part] = [_detach(state) for state in states]
-        nll = F.cross_entropy(
-            logits.flatten(0, 1), window.targets.flatten(), ignore_index=IGNORED, reduction="sum"
-        )
         tokens = (window.targets != IGNORED).sum()
         perplexity.update(nll, tokens)
         on_bar = part != "train"

@@ -1,5 +1,6 @@
 """Every combination of the PTB configurations can be composed, made and run."""
 
+import os
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,10 +13,12 @@ from torch import nn
 import recipes
 from lightning_revflip.callbacks import MemoryMonitor, ReversibleRNN
 from lightning_revflip.cli import RevflipCLI
+from lightning_revflip.reversible import LinearCrossEntropy
 from recipes.common.figures import ReversibleFigures
 from recipes.common.throughput import TokensPerSecond
 from recipes.ptb.writer import TextWriter
 
+REAL = os.environ.get("REVFLIP_DATA")
 CONFIGS = Path(recipes.__path__[0]) / "ptb" / "configs"
 
 SIZES = {
@@ -76,7 +79,7 @@ def test_every_choice_of_size_cell_and_forgetting_limit_can_be_composed(compose,
 
 
 def test_no_configuration_is_left_out_of_the_tests():
-    others = {"base", "char", "csv", "predict"}
+    others = {"base", "char", "csv", "predict", "sequence"}
     composed = {name for names, *_ in SIZES.values() for name in names}
     assert {path.stem for path in CONFIGS.iterdir()} == {*others, *composed, *CELLS, *BITS}
 
@@ -115,8 +118,29 @@ def test_characters_and_prediction_can_be_added(compose):
     assert {ReversibleRNN, MemoryMonitor, TextWriter} <= set(run.callbacks)
 
 
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("size", SIZES)
+def test_memory_mode_sequence_can_be_added(compose, size, cell):
+    names, _, hidden_sizes = SIZES[size]
+    plain = compose("base", *names, cell, "rev3").model
+    model = compose("base", *names, cell, "rev3", "sequence").model
+    assert (plain.memory, model.memory) == ("plain", "sequence")
+    assert {**model.hparams, "memory": "plain"} == plain.hparams
+    assert [rnn.hidden_size for rnn in model.rnns] == hidden_sizes
+
+
 @pytest.mark.parametrize(
-    "names", [["lstm"], ["gru"], ["lstm", "rev3"], ["gru", "rev3"], ["gru", "nf"], ["lstm", "nf"]]
+    "names",
+    [
+        ["lstm"],
+        ["gru"],
+        ["lstm", "rev3"],
+        ["gru", "rev3"],
+        ["gru", "nf"],
+        ["lstm", "nf"],
+        ["lstm", "rev3", "sequence"],
+        ["gru", "nf", "sequence"],
+    ],
 )
 def test_configuration_trains_and_validates(monkeypatch, tmp_path, names):
     monkeypatch.delenv("REVFLIP_DATA", raising=False)
@@ -127,3 +151,19 @@ def test_configuration_trains_and_validates(monkeypatch, tmp_path, names):
     trainer = RevflipCLI([*args, "--trainer.fast_dev_run=2"]).trainer
     assert trainer.global_step == 2
     assert trainer.callback_metrics["val/perplexity"].isfinite()
+
+
+@pytest.mark.data
+@pytest.mark.skipif(not REAL, reason="needs REVFLIP_DATA")
+def test_paper_size_in_memory_mode_sequence_trains_on_the_real_text(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["revflip"])
+    args = ["fit", *config_args("base", "paper", "lstm", "rev3", "sequence", "csv")]
+    args += ["--data.source=ptb", "--trainer.limit_val_batches=2", "--trainer.log_every_n_steps=1"]
+    trainer = RevflipCLI([*args, "--trainer.max_steps=2", "--trainer.val_check_interval=2"]).trainer
+    assert trainer.global_step == 2
+    assert isinstance(trainer.model.softmax, LinearCrossEntropy)
+    found = trainer.callback_metrics
+    assert found["val/perplexity"] < 12_000
+    assert found["train/loss"] < 10
+    assert 0 < found["reversible/bits_per_unit_step/rnns.0.l0"] < 3.5

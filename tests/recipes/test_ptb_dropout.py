@@ -1,4 +1,4 @@
-"""Locked, embedding and weight dropout of the PTB recipe."""
+"""Embedding and weight dropout of the PTB recipe."""
 
 import copy
 
@@ -6,27 +6,42 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.func import functional_call
 
 from lightning_revflip.reversible import RevGRU, RevLSTM
-from recipes.ptb.dropout import call_with_weight_drop, embed_with_dropout, locked_dropout
-
-
-def test_locked_dropout_drops_the_same_units_at_every_step():
-    dropped = locked_dropout(torch.ones(5, 3, 400), 0.25)
-    assert torch.equal(dropped, dropped[:1].expand(5, -1, -1))
-    assert not torch.equal(dropped[0, 0], dropped[0, 1])  # but others in every column
-    assert dropped.unique().tolist() == [0, pytest.approx(1 / 0.75)]
-    assert (dropped == 0).float().mean().item() == pytest.approx(0.25, abs=0.04)
+from recipes.ptb.dropout import EmbeddingWithDropout, drop_weights
 
 
 def test_embedding_dropout_drops_a_word_wherever_it_occurs():
-    embedding = nn.Embedding(500, 4)
-    inputs = torch.arange(500).repeat(2, 1)
-    dropped = embed_with_dropout(embedding, inputs, 0.5)
-    assert torch.equal(dropped[0], dropped[1])
-    gone = (dropped[0] == 0).all(1)
+    embedding = EmbeddingWithDropout(500, 4, 0.5)
+    words = torch.arange(500)
+    inputs = torch.stack([words, words.flip(0)], dim=1)
+    dropped = embedding(inputs)
+    first, second = dropped[:, 0], dropped[:, 1].flip(0)
+    assert torch.equal(first, second)
+    gone = (first == 0).all(1)
     assert gone.float().mean().item() == pytest.approx(0.5, abs=0.1)
-    torch.testing.assert_close(dropped[0][~gone], embedding.weight[~gone] / 0.5)
+    torch.testing.assert_close(first[~gone], embedding.weight[~gone] / 0.5)
+    assert not torch.equal(embedding(inputs), embedding(inputs))  # drawn anew in every call
+
+
+@pytest.mark.parametrize(("p", "training"), [(0.0, True), (0.5, False)])
+def test_embedding_without_dropout_is_an_ordinary_one_and_draws_nothing(p, training):
+    embedding = EmbeddingWithDropout(50, 4, p).train(training)
+    inputs = torch.randint(50, (5, 3))
+    before = torch.get_rng_state()
+    assert torch.equal(embedding(inputs), F.embedding(inputs, embedding.weight))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert list(embedding.state_dict()) == ["weight"]
+
+
+def test_embedding_dropout_outside_its_range_is_rejected():
+    with pytest.raises(ValueError, match="at least 0 and below 1, got 1"):
+        EmbeddingWithDropout(50, 4, 1.0)
+
+
+def call_with_weight_drop(rnn, p, inputs):
+    return functional_call(rnn, drop_weights(rnn, p), inputs)
 
 
 @pytest.mark.parametrize("cell", [nn.LSTM, nn.GRU, RevLSTM, RevGRU])
@@ -79,4 +94,4 @@ def test_weight_drop_draws_a_new_mask_at_every_call():
 
 def test_weight_drop_of_a_module_without_recurrent_weights_is_rejected():
     with pytest.raises(ValueError, match=r"weight_hh_l0.*Linear has .*weight"):
-        call_with_weight_drop(nn.Linear(2, 2), 0.5, torch.ones(1, 2))
+        drop_weights(nn.Linear(2, 2), 0.5)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import LightningDataModule, Trainer, seed_everything
+from lightning.pytorch import LightningDataModule, seed_everything
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader
@@ -17,9 +17,9 @@ from lightning_revflip.callbacks import ReversibleRNN
 from lightning_revflip.reversible import RevGRU, RevLSTM
 from recipes.ptb.data import PennTreebank, Prompt
 from recipes.ptb.module import LanguageModel
-from recipes.ptb.streams import IGNORED, Window, Windows, fixed_lengths, parallel_streams
+from recipes.ptb.streams import IGNORED, Window
+from tests.recipes.random_text import VOCABULARY, RandomText, quiet_trainer
 
-VOCABULARY = 30
 NO_DROPOUT = dict.fromkeys(
     ["output_dropout", "hidden_dropout", "input_dropout", "embedding_dropout", "weight_drop"], 0.0
 )
@@ -28,39 +28,6 @@ NO_DROPOUT = dict.fromkeys(
 def small_model(**kwargs) -> LanguageModel:
     defaults = {"vocab_size": VOCABULARY, "embedding_size": 8, "hidden_sizes": [8], "lr": 1.0}
     return LanguageModel(**{**defaults, **NO_DROPOUT, **kwargs})
-
-
-class RandomText(LightningDataModule):
-    """Windows of a random text; lengths vary from epoch to epoch."""
-
-    def __init__(self, tokens: int = 241, batch: int = 4, bptt: int = 10) -> None:
-        super().__init__()
-        text = torch.randint(VOCABULARY, (tokens,), generator=torch.Generator().manual_seed(5))
-        self.streams = parallel_streams(text, batch, keep_all=True)
-        self.bptt = bptt
-
-    def train_dataloader(self) -> Windows:
-        steps = len(self.streams.inputs)
-        return Windows(
-            self.streams, fixed_lengths(steps, self.bptt + self.trainer.current_epoch), self.bptt
-        )
-
-    def val_dataloader(self) -> Windows:
-        return Windows(self.streams, fixed_lengths(len(self.streams.inputs), 7), 7)
-
-
-def quiet_trainer(tmp_path, **kwargs) -> Trainer:
-    defaults = {
-        "default_root_dir": tmp_path,
-        "accelerator": "cpu",
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "reload_dataloaders_every_n_epochs": 1,
-        "num_sanity_val_steps": 0,
-    }
-    return Trainer(**{**defaults, **kwargs})
 
 
 # --- learning rate ---------------------------------------------------------------------------
@@ -262,13 +229,19 @@ def test_callback_makes_the_model_reversible_with_all_its_dropout(tmp_path, cell
     assert all(p.isfinite().all() for p in model.parameters())
 
 
-def test_model_imports_nothing_of_this_package():
+def test_model_names_no_reversible_layer():
+    """Nor a callback: `ReversibleRNN` alone makes it reversible."""
     folder = Path(recipes.__path__[0])
+    taken = set()
     for file in ["ptb/module.py", "ptb/dropout.py", "ptb/decay.py", "common/perplexity.py"]:
         for node in ast.walk(ast.parse((folder / file).read_text())):
-            names = [alias.name for alias in getattr(node, "names", [])]
+            names = {alias.name for alias in getattr(node, "names", [])}
             module = getattr(node, "module", None) or ""
-            assert not any(name.startswith("lightning_revflip") for name in [module, *names])
+            if module.startswith("lightning_revflip"):
+                assert module == "lightning_revflip.reversible"
+                taken |= names
+            assert not any(name.startswith("lightning_revflip") for name in names)
+    assert taken == {"LinearCrossEntropy", "LockedDropout", "SequenceNoise"}
 
 
 # --- errors ----------------------------------------------------------------------------------
@@ -281,6 +254,9 @@ def test_model_imports_nothing_of_this_package():
         ({"hidden_sizes": []}, "must be embedding_size"),
         ({"cell": "rnn"}, "'lstm' or 'gru', got 'rnn'"),
         ({"weight_drop": 1.0}, "weight_drop must be at least 0 and below 1"),
+        ({"memory": "little"}, "'plain' or 'sequence', got 'little'"),
+        ({"memory": "sequence", "chunk_steps": 0}, "at least 1, or None to choose.*got 0"),
+        ({"chunk_steps": 8}, "needs memory='sequence'; got 8 with memory='plain'"),
     ],
 )
 def test_arguments_that_do_not_fit_are_rejected(kwargs, message):
