@@ -19,7 +19,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def seconds(
-    runs: Mapping[str, Callable[[], object]], budget: float, least: int = 3
+    runs: Mapping[str, Callable[[], object]], budget: float, least: int = 3, *, warm_up: bool = True
 ) -> dict[str, list[float]]:
     """Times of the runs, taken in turns so that a disturbance meets all of them.
 
@@ -27,10 +27,11 @@ def seconds(
         runs: what to time, by name.
         budget: seconds to spend on all runs together.
         least: rounds at least.
+        warm_up: whether to run each once before; not needed after a run of the same size.
     """
     times: dict[str, list[float]] = {name: [] for name in runs}
-    for run in runs.values():
-        run()  # warm up
+    for run in runs.values() if warm_up else ():
+        run()
     start = time.perf_counter()
     rounds = 0
     while rounds < least or time.perf_counter() - start < budget:
@@ -49,10 +50,15 @@ def summary(times: list[float]) -> dict[str, float]:
     return {"best": min(times), "median": statistics.median(times), "rounds": len(times)}
 
 
-def bytes_allocated(run: Callable[[], object]) -> tuple[int, int]:
-    """Bytes that `run` leaves allocated while its result is alive, and the peak on the way."""
+def bytes_allocated(run: Callable[[], object], device: str | None = None) -> tuple[int, int]:
+    """Bytes that `run` leaves allocated while its result is alive, and the peak on the way.
+
+    Args:
+        run: what to measure.
+        device: the type of the device whose allocator counts; by default CUDA's if there is one.
+    """
     gc.collect()
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() if device is None else device == "cuda":
         return _bytes_allocated_cuda(run)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         result = run()
@@ -77,13 +83,17 @@ def _bytes_allocated_cuda(run: Callable[[], object]) -> tuple[int, int]:
     return after - before, peak - before
 
 
-def environment() -> dict[str, Any]:
-    """Machine, versions and command, for the head of a results file."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
+def environment(device: str | None = None) -> dict[str, Any]:
+    """Machine, versions and command, for the head of a results file.
+
+    Args:
+        device: the type of the device measured on; by default CUDA if there is one.
+    """
+    cuda = torch.cuda.is_available() if device is None else device == "cuda"
     return {
         "date": datetime.now(timezone.utc).date().isoformat(),
         "command": " ".join(["python", "-m", _module(), *sys.argv[1:]]),
-        "device": device,
+        "device": torch.cuda.get_device_name() if cuda else _processor(),
         "threads": torch.get_num_threads(),
         "cpus": os.cpu_count(),
         "python": platform.python_version(),
@@ -92,12 +102,12 @@ def environment() -> dict[str, Any]:
     }
 
 
-def write(name: str, rows: list[dict[str, Any]], **more: Any) -> Path:
+def write(name: str, rows: list[dict[str, Any]], device: str | None = None, **more: Any) -> Path:
     """Write `results/<name>.json`."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
     path.write_text(
-        json.dumps({"environment": environment(), **more, "rows": rows}, indent=1) + "\n"
+        json.dumps({"environment": environment(device), **more, "rows": rows}, indent=1) + "\n"
     )
     return path
 
