@@ -58,7 +58,7 @@ class ReversibleSequenceFunction(torch.autograd.Function):
             return (*found, *finals)
         found = results.all()
         if plan.store:
-            ctx.plan, ctx.results = plan, len(found)
+            ctx.plan, ctx.results, ctx.sums = plan, len(found), run.stack.sums
             compact = [part for state in states for part in state.compact()]
             before = [half for start in starts for half in start]
             ctx.save_for_backward(*flat, *before, *compact)
@@ -85,6 +85,7 @@ class ReversibleSequenceFunction(torch.autograd.Function):
         )
         needs = Tensors.grouped(ctx.needs_input_grad[1:], plan.sizes)
         run = SequencePass(plan, Tensors.grouped(flat, plan.sizes), needs)
+        run.stack.sums = ctx.sums
         grad_results, grad_finals = grads[: ctx.results], grads[ctx.results :]
         layout = plan.stack.layout
 

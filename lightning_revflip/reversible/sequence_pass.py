@@ -173,15 +173,13 @@ class SequencePass:
         for steps in self.pieces(number):
             rows = layout.rows(steps)
             part = slice(rows.start - first, rows.stop - first)
-            leaf = Leaf(top[part].detach().requires_grad_(), grad_top[part])
+            leaf = Leaf.of(top[part], grad_top[part])
             per_step = [
                 None
                 if given is None
                 else layout.cut(given, steps)
                 if grad is None
-                else Leaf(
-                    layout.cut(given, steps).detach().requires_grad_(), layout.cut(grad, steps)
-                )
+                else Leaf.of(layout.cut(given, steps), layout.cut(grad, steps))
                 for given, grad in zip(self.tensors.per_step, self.per_step, strict=True)
             ]
             leaves = [leaf, *(arg for arg in per_step if isinstance(arg, Leaf))]

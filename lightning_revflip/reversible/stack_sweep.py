@@ -80,10 +80,17 @@ class Leaf:
     total: Tensor
 
     @classmethod
-    def of(cls, tensor: Tensor) -> Leaf:
-        """A leaf that shares memory with a tensor; its gradient is summed in at least float32."""
-        dtype = torch.promote_types(tensor.dtype, torch.float32)
-        return cls(tensor.detach().requires_grad_(), torch.zeros_like(tensor, dtype=dtype))
+    def of(cls, tensor: Tensor, total: Tensor | None = None) -> Leaf:
+        """A leaf that shares memory with a tensor.
+
+        Args:
+            tensor: the tensor.
+            total: what to add its gradient to; by default zeros, in at least float32.
+        """
+        if total is None:
+            dtype = torch.promote_types(tensor.dtype, torch.float32)
+            total = torch.zeros_like(tensor, dtype=dtype)
+        return cls(tensor.detach().requires_grad_(), total)
 
 
 def differentiate(
@@ -156,8 +163,8 @@ class StackSweep:
         self._device = self.layers[0].weight_hh.device
         self.chunks = plan.schedule.chunks()
         shape = (len(self.layers), len(self.chunks))
-        # Of what the fronts made, to tell in the backward sweep whether they made it again.
-        self._sums = torch.zeros(shape, dtype=torch.float64, device=self._device)
+        self.sums = torch.zeros(shape, dtype=torch.float64, device=self._device)
+        """Sums of what the fronts made in the forward sweep, shape (layers, chunks)."""
 
     # --- forward -----------------------------------------------------------------------------
 
@@ -184,7 +191,7 @@ class StackSweep:
                     starts.append(halves)
             self._reserve(states, segment)
             for number in self._numbers(segment):
-                top = self._advance(number, states, self._sums)
+                top = self._advance(number, states, self.sums)
                 if visit is not None:
                     visit(number, top)
         return states, starts
@@ -261,7 +268,7 @@ class StackSweep:
         Raises:
             ReversalError: if the states at the start are not found again.
         """
-        sums = torch.zeros_like(self._sums)
+        sums = torch.zeros_like(self.sums)
         for segment in reversed(range(self.segments)):
             numbers = self._numbers(segment)
             if not self._is_last(segment):
@@ -291,9 +298,7 @@ class StackSweep:
         chunk, layout, steps = self.chunks[number], self.plan.layout, self.steps(number)
         undone: list[_Undone] = []
         sources: list[Tensor | Leaf] = [
-            tensor
-            if grad is None
-            else Leaf(tensor.detach().requires_grad_(), layout.cut(grad, steps))
+            tensor if grad is None else Leaf.of(tensor, layout.cut(grad, steps))
             for tensor, grad in zip(self._cut(self.inputs, number), grad_inputs, strict=True)
         ]
         for index, (layer, state) in enumerate(zip(self.layers, states, strict=True)):
@@ -305,7 +310,8 @@ class StackSweep:
             sums[index, number] = rows.sum(dtype=torch.float64)
             top = rows.new_empty(len(chunk), layer.cell.hidden_size, dtype=layer.products.dtype)
             undone.append(_Undone(leaves, x, rows, layer.undo_chunk(chunk, rows, state, top)))
-            sources = [Leaf.of(top)]
+            if index < len(self.layers) - 1:
+                sources = [Leaf.of(top)]
         grad = read_out(number, top)
         for index in reversed(range(len(self.layers))):
             part = undone.pop()
@@ -353,7 +359,7 @@ class StackSweep:
     def _cause(self, sums: Tensor, numbers: range) -> ReversalError | None:
         """What went wrong, if a front made other numbers than in the forward sweep."""
         part = slice(numbers.start, numbers.stop)
-        changed = (self._sums[:, part] != sums[:, part]).nonzero()
+        changed = (self.sums[:, part] != sums[:, part]).nonzero()
         if not len(changed):
             return None
         index, offset = changed[-1].tolist()
