@@ -1,10 +1,12 @@
 """Perplexity on the Penn Treebank at a small, fixed budget: reversible cells beside ordinary ones.
 
     python -m benchmarks.ptb_perplexity [--steps 400] [--lr 20] [--cells gru revgru lstm revlstm]
+    python -m benchmarks.ptb_perplexity --size paper --steps 2000 --every 250 \\
+        --cells lstm revlstm_sequence --output ptb_paper
 
-Runs `revflip fit` with the recipe's configurations (200 units, same seed, same windows), then
-reads the logged metrics. Needs the Penn Treebank in REVFLIP_DATA; writes results/ptb_perplexity
-.json and the curve beside the recipe's README.
+Runs `revflip fit` with the recipe's configurations (same seed, same windows), then reads the logged
+metrics. Needs the Penn Treebank in REVFLIP_DATA; writes results/OUTPUT.json and its curve beside
+the recipe's README. `--read FOLDER` reads trainings that were run before, FOLDER/CELL/version_0.
 """
 
 import argparse
@@ -28,18 +30,19 @@ CELLS = {
     "lstm": ["lstm"],
     "revlstm": ["lstm", "rev3"],
     "revlstm_forgetful": ["lstm", "rev3_forgetful"],
+    "revlstm_sequence": ["lstm", "rev3", "sequence"],
 }
 
 
-def command(cell: str, steps: int, lr: float, folder: Path) -> list[str]:
+def command(cell: str, options: argparse.Namespace, folder: Path) -> list[str]:
     """The training of one cell, as a user would start it."""
-    configs = ["base", "small", *CELLS[cell], "csv"]
+    configs = ["base", options.size, *CELLS[cell], "csv"]
     return [
         *(sys.executable, "-m", "lightning_revflip.cli", "fit"),
         *(f"--config={CONFIGS / name}.yaml" for name in configs),
-        f"--trainer.max_steps={steps}",
-        f"--model.init_args.lr={lr}",
-        "--trainer.val_check_interval=100",
+        f"--trainer.max_steps={options.steps}",
+        f"--model.init_args.lr={options.lr}",
+        f"--trainer.val_check_interval={options.every}",
         "--trainer.check_val_every_n_epoch=null",
         "--trainer.num_sanity_val_steps=0",
         "--trainer.accelerator=cpu",
@@ -80,29 +83,40 @@ def draw(rows: list[dict[str, Any]]) -> Figure:
     return figure
 
 
+def train(options: argparse.Namespace, folder: Path) -> None:
+    """All trainings, one thread each, as many at a time as there are processors."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    waiting = list(options.cells)
+    running: list[subprocess.Popen[bytes]] = []
+    while waiting or running:
+        while waiting and len(running) < (os.cpu_count() or 1):
+            call = command(waiting.pop(0), options, folder)
+            running.append(subprocess.Popen(call, env=environment, stdout=subprocess.DEVNULL))
+        if running.pop(0).wait() != 0:
+            raise SystemExit("a training failed, see above")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--lr", type=float, default=20.0)
-    parser.add_argument("--cells", nargs="+", choices=CELLS, default=list(CELLS))
+    add = parser.add_argument
+    add("--size", choices=("small", "paper", "paper_2layer"), default="small")
+    add("--steps", type=int, default=400)
+    add("--every", type=int, default=100, help="steps between two validations")
+    add("--lr", type=float, default=20.0)
+    add("--cells", nargs="+", choices=CELLS, default=list(CELLS)[:5])
+    add("--output", default="ptb_perplexity", help="name of the results file")
+    add("--read", type=Path, metavar="FOLDER", help="of trainings that were run before")
     options = parser.parse_args()
-    if options.steps % 100:
+    if options.steps % options.every:
         parser.error(
-            f"--steps must be a multiple of 100, after which validation runs, got {options.steps}"
+            f"--steps must be a multiple of --every ({options.every}), after which validation "
+            f"runs, got {options.steps}"
         )
     torch.set_num_threads(1)  # as in the trainings, for the record
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        # One thread each, as many trainings at a time as there are processors.
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        waiting = list(options.cells)
-        running: list[subprocess.Popen[bytes]] = []
-        while waiting or running:
-            while waiting and len(running) < (os.cpu_count() or 1):
-                call = command(waiting.pop(0), options.steps, options.lr, folder)
-                running.append(subprocess.Popen(call, env=environment, stdout=subprocess.DEVNULL))
-            if running.pop(0).wait() != 0:
-                raise SystemExit("a training failed, see above")
+        folder = options.read or Path(name)
+        if not options.read:
+            train(options, folder)
         rows = [read(cell, folder) for cell in options.cells]
     for row in rows:
         if row["cell"].startswith("rev"):
@@ -111,8 +125,9 @@ def main() -> None:
             if plain is not None:
                 row["perplexity_ratio"] = row["val_perplexity"] / plain["val_perplexity"]
         print({key: value for key, value in row.items() if key != "curve"})
-    print(measure.write("ptb_perplexity", rows, steps=options.steps, lr=options.lr))
-    draw(rows).savefig("recipes/ptb/curve.png", dpi=100)
+    settings = {"size": options.size, "steps": options.steps, "lr": options.lr}
+    print(measure.write(options.output, rows, **settings))
+    draw(rows).savefig(f"recipes/ptb/{options.output}.png", dpi=100)
 
 
 if __name__ == "__main__":
