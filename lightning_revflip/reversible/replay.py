@@ -124,7 +124,8 @@ class Replay:
             for part in module.modules()
             if isinstance(part, SequenceNoise) and part.training
         }
-        seed = int(torch.randint(2**62, ())) if module.training else 0
+        training = any(part.training for part in module.modules())
+        seed = int(torch.randint(2**62, ())) if training else 0
         return cls(seed, noise, device)
 
     @contextmanager

@@ -30,7 +30,7 @@ from lightning_revflip.reversible.sequence_arguments import (
 )
 from lightning_revflip.reversible.sequence_autograd import ReversibleSequenceFunction
 from lightning_revflip.reversible.sequence_pass import Modules, SequencePlan, Tensors
-from lightning_revflip.reversible.stack_sweep import Autocast, Front, StackPlan, StackSweep
+from lightning_revflip.reversible.stack_sweep import Autocast, Front, StackPlan, StackSweep, same
 from lightning_revflip.reversible.sweep import SweepState
 
 Steps = Tensor | PackedSequence
@@ -122,8 +122,11 @@ class ReversibleSequence(nn.Module):
             "memory_budget": memory_budget,
         }
         for name, count in counts.items():
-            if count is not None and not (isinstance(count, int) and count > 0):
+            if count is not None and (type(count) is not int or count < 1):
                 raise ValueError(f"{name} must be a positive integer or None, got {count!r}.")
+        for name, module in (("read_in", read_in), ("read_out", read_out)):
+            if not isinstance(module, nn.Module):
+                raise ValueError(f"{name} must be an nn.Module, got {type(module).__name__}.")
         if gradients not in (None, "forward", "backward"):
             raise ValueError(f"gradients must be 'forward', 'backward' or None, got {gradients!r}.")
         self.read_in = read_in
@@ -137,6 +140,7 @@ class ReversibleSequence(nn.Module):
         self.memory_budget = memory_budget
         self.gradients = gradients
         self._checked: dict[tuple[object, ...], bool] = {}
+        """For every kind of call that was checked, whether the read-out returns a loss."""
 
     def chosen_chunk_steps(self, batch: int) -> int:
         """Time steps in a chunk for a batch of that size.
@@ -163,7 +167,7 @@ class ReversibleSequence(nn.Module):
         inputs: Steps | tuple[Steps, ...],
         state: Any = None,
         *per_step: Steps | None,
-        **shared: Tensor | None,
+        **shared: Any,
     ) -> tuple[Any, Any]:
         """Run the network over a batch of sequences.
 
@@ -174,8 +178,8 @@ class ReversibleSequence(nn.Module):
             state: initial state as the rnn takes it; a list of them for several; None for zero.
             per_step: arguments of the read-out that have time steps as `inputs` has (targets,
                 weights, masks), or None.
-            shared: arguments of the read-out that every chunk gets whole, for example what it
-                attends to.
+            shared: keyword arguments of the read-out that every chunk gets whole, for example what
+                it attends to; tensors get their gradient.
 
         Returns:
             What `read_out` returns, summed or joined, in the layout of `inputs`; and the final
@@ -209,7 +213,7 @@ class ReversibleSequence(nn.Module):
         layout: Layout,
         inputs: list[Tensor],
         per_step: list[Tensor | None],
-        shared: dict[str, Tensor | None],
+        shared: dict[str, Any],
         initial: list[Tensor],
     ) -> tuple[SequencePlan, Tensors]:
         """Everything that the autograd Function is told."""
@@ -218,12 +222,18 @@ class ReversibleSequence(nn.Module):
         rnns = self._rnns_of_layers()
         weights: list[Any] = [w for rnn, suffix in rnns for w in rnn.effective_weights(suffix)]
         parameters = list(modules.names.values())
-        tensors = Tensors(inputs, per_step, list(shared.values()), parameters, weights, initial)
+        constants = {n: v for n, v in shared.items() if not isinstance(v, Tensor)}
+        shared_tensors = {n: v for n, v in shared.items() if isinstance(v, Tensor)}
+        tensors = Tensors(
+            inputs, per_step, list(shared_tensors.values()), parameters, weights, initial
+        )
         device, dtype = weights[0].device, weights[0].dtype
         autocast = Autocast.now(device)
         if autocast.enabled and dtype != torch.float64:
             dtype = autocast.dtype
         chunk_steps = min(self.chosen_chunk_steps(layout.batch), layout.steps)
+        if isinstance(self.segment_steps, int):
+            chunk_steps = min(chunk_steps, self.segment_steps)
         stack = StackPlan(
             layout=layout,
             schedule=Schedule(list(layout.batch_sizes), chunk_steps),
@@ -236,25 +246,26 @@ class ReversibleSequence(nn.Module):
         )
         widths = [rnn.hidden_size for rnn, _ in rnns]
         # What the read-out returns may depend on modes and arguments.
-        how = (
-            self.read_in.training,
-            self.read_out.training,
+        kind_of_call = (
+            tuple(part.training for part in (self.read_in, *self.between, self.read_out)),
             layout.packed,
+            layout.steps > 1,
             tuple(arg is None for arg in per_step),
-            tuple(shared),
+            tuple((name, value is None) for name, value in shared.items()),
         )
-        if how not in self._checked:
-            self._checked[how] = check_modules(
-                stack, self.read_out, widths, inputs, per_step, shared
+        if kind_of_call not in self._checked:
+            self._checked[kind_of_call] = check_modules(
+                stack, modules, self.read_out, widths, inputs, per_step, shared
             )
-        loss = self._checked[how]
+        loss = self._checked[kind_of_call]
         early = self.gradients == "forward" or (self.gradients is None and dtype != torch.float16)
         plan = SequencePlan(
             stack=stack,
             modules=modules,
             read_out=self.read_out,
             read_out_steps=self.read_out_steps or chunk_steps,
-            shared_names=list(shared),
+            shared_names=list(shared_tensors),
+            constants=constants,
             states=rnns[0][0].cell.states,
             loss=loss,
             store=torch.is_grad_enabled()
@@ -272,7 +283,7 @@ class ReversibleSequence(nn.Module):
             if number == 0:
                 fronts.append(self.read_in)
             else:
-                fronts.append(self.between[number - 1] if self.between else _same)
+                fronts.append(self.between[number - 1] if self.between else same)
             fronts += [partial(_dropout, rnn)] * (rnn.num_layers - 1)
         return fronts
 
@@ -314,10 +325,6 @@ def _apply(plan: SequencePlan, tensors: Tensors) -> tuple[Tensor, ...]:
         apply = disable(apply)
     outputs: tuple[Tensor, ...] = apply(plan, *tensors.flat())
     return outputs
-
-
-def _same(x: Tensor) -> Tensor:
-    return x
 
 
 def _dropout(rnn: ReversibleRNNBase, x: Tensor) -> Tensor:

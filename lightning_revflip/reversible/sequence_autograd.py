@@ -34,11 +34,10 @@ class ReversibleSequenceFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, plan: SequencePlan, *flat: MaybeTensor) -> tuple[Tensor, ...]:
         tensors = Tensors.grouped(flat, plan.sizes)
-        needed = ctx.needs_input_grad[1:] if plan.store and plan.early else [False] * len(flat)
-        needs = Tensors.grouped(needed, plan.sizes)
-        run = SequencePass(plan, tensors, needs)
-        results = Results(plan)
+        needs = Tensors.grouped(ctx.needs_input_grad[1:], plan.sizes)
         early = plan.store and plan.early
+        run = SequencePass(plan, tensors, needs, differentiated=early)
+        results = Results(plan)
         states, starts = run.run(lambda: run.forward(None if early else run.visit(results)))
         dtype = cast(Tensor, tensors.weights[0]).dtype
         finals = [part for state in states for part in state.floats(dtype)]
@@ -84,12 +83,15 @@ class ReversibleSequenceFunction(torch.autograd.Function):
             in_groups(saved[-3 * layers :], 3),
         )
         needs = Tensors.grouped(ctx.needs_input_grad[1:], plan.sizes)
-        run = SequencePass(plan, Tensors.grouped(flat, plan.sizes), needs)
+        tensors = Tensors.grouped(flat, plan.sizes)
+        run = SequencePass(plan, tensors, needs, differentiated=True)
         run.stack.sums = ctx.sums
         grad_results, grad_finals = grads[: ctx.results], grads[ctx.results :]
         layout = plan.stack.layout
 
         def grads_of(steps: range, result: tuple[Tensor, ...]) -> Sequence[MaybeTensor]:
+            if plan.loss:
+                _check_has_gradient(result[0])
             return [
                 grad if grad is None or part.dim() == 0 else layout.cut(grad, steps)
                 for part, grad in zip(result, grad_results, strict=True)

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.func import functional_call
 
 from lightning_revflip.reversible.autograd import raise_not_finite, zero_gradients
-from lightning_revflip.reversible.stack_sweep import Leaf, StackPlan, StackSweep, differentiate
+from lightning_revflip.reversible.stack_sweep import (
+    Leaf,
+    StackPlan,
+    StackSweep,
+    differentiate,
+    same,
+)
 from lightning_revflip.reversible.sweep import SweepState
 from lightning_revflip.reversible.tables import InPlaceGradients
 
@@ -61,15 +67,27 @@ class Modules(nn.Module):
                 )
         self.parts = nn.ModuleList([*modules, read_out])
         self.names = dict(self.named_parameters())
-        order = {id(parameter): number for number, parameter in enumerate(self.names.values())}
-        self.of_front = [
-            [order[id(p)] for p in front.parameters()] if isinstance(front, nn.Module) else []
-            for front in fronts
-        ]
-        self.of_read_out = [order[id(p)] for p in read_out.parameters()]
 
-    def forward(self, run: Callable[[], Any]) -> Any:
-        return run()
+    @contextmanager
+    def holding(self, values: Sequence[MaybeTensor]) -> Iterator[None]:
+        """Put other tensors in place of the parameters; `names` has their order.
+
+        `functional_call` would lose a parameter of a module that several modules hold.
+        """
+        new = dict(zip(map(id, self.names.values()), values, strict=True))
+        slots = [
+            (module._parameters, name, parameter)
+            for module in self.modules()
+            for name, parameter in module._parameters.items()
+            if parameter is not None
+        ]
+        try:
+            for parameters, name, parameter in slots:
+                parameters[name] = new[id(parameter)]  # type: ignore[assignment]
+            yield
+        finally:
+            for parameters, name, parameter in slots:
+                parameters[name] = parameter
 
 
 @dataclass(frozen=True)
@@ -81,6 +99,8 @@ class SequencePlan:
     read_out: nn.Module
     read_out_steps: int
     shared_names: Sequence[str]
+    constants: Mapping[str, Any]
+    """Keyword arguments of the read-out that are no tensors."""
     states: int
     """State tensors of each layer: 1 (h) or 2 (h and c)."""
     loss: bool
@@ -96,42 +116,50 @@ class SequencePlan:
 
 
 class SequencePass:
-    """One sweep forward or back with all that it accumulates."""
+    """One sweep forward or back with all that it accumulates.
 
-    def __init__(self, plan: SequencePlan, tensors: Tensors, needs: Tensors) -> None:
+    Args:
+        plan: the settings.
+        tensors: the tensor arguments.
+        needs: which of them need a gradient.
+        differentiated: whether there will be a sweep back. Otherwise parameters become leaves all
+            the same, so that modules compute the same bits, but no gradient has a place.
+    """
+
+    def __init__(
+        self, plan: SequencePlan, tensors: Tensors, needs: Tensors, differentiated: bool
+    ) -> None:
         self.plan = plan
         self.tensors = tensors
         self.device = cast(Tensor, tensors.weights[0]).device
-        self.parameters = _leaves(tensors.parameters, needs.parameters)
+        self.parameters = _leaves(tensors.parameters, needs.parameters, differentiated)
+        if not differentiated:
+            needs = Tensors.grouped([False] * len(needs.flat()), needs.sizes())
         self.shared = _leaves(tensors.shared, needs.shared)
         self.per_step = _zeros(tensors.per_step, needs.per_step)
         self.inputs = _zeros(tensors.inputs, needs.inputs)
-        leaves = [leaf for leaf in self.parameters if isinstance(leaf, Leaf)]
-        self.tables = InPlaceGradients([(leaf.tensor, leaf.total) for leaf in leaves])
+        # Any module may use any of them, also one that it does not hold itself.
+        self._leaves = [leaf for leaf in self.parameters if isinstance(leaf, Leaf)]
+        self.tables = InPlaceGradients([(leaf.tensor, leaf.total) for leaf in self._leaves])
         self.stack = StackSweep(
             plan.stack,
             in_groups(tensors.weights, 3),
             in_groups(tensors.initial, plan.states) or [[] for _ in plan.stack.cells],
             tensors.inputs,  # type: ignore[arg-type]
-            [self._used(numbers) for numbers in plan.modules.of_front],
+            self._leaves,
             self.tables,
         )
-        self._read_out_leaves = self._used(plan.modules.of_read_out)
-        self._read_out_leaves += [leaf for leaf in self.shared if isinstance(leaf, Leaf)]
-
-    def _used(self, numbers: Sequence[int]) -> list[Leaf]:
-        leaves = [self.parameters[number] for number in numbers]
-        return [leaf for leaf in leaves if isinstance(leaf, Leaf)]
+        self._shared_leaves = [leaf for leaf in self.shared if isinstance(leaf, Leaf)]
 
     def run(self, sweep: Callable[[], Any]) -> Any:
         """Call a function that sweeps, with leaves for parameters and replayed randomness."""
         values = [leaf.tensor if isinstance(leaf, Leaf) else leaf for leaf in self.parameters]
-        swapped = dict(zip(self.plan.modules.names, values, strict=True))
         # The graphs of a chunk live and die in here: they are no business of a caller's hooks.
-        private = saved_tensors_hooks(_same, _same)
-        numbers = torch.autocast(self.device.type, enabled=False)
-        with private, self.plan.stack.replay.running(), numbers:
-            return functional_call(self.plan.modules, swapped, (sweep,))  # type: ignore[arg-type]
+        private = saved_tensors_hooks(same, same)
+        precision = torch.autocast(self.device.type, enabled=False)
+        swapped = self.plan.modules.holding(values)
+        with private, precision, self.plan.stack.replay.running(), swapped:
+            return sweep()
 
     # --- read-out ----------------------------------------------------------------------------
 
@@ -151,7 +179,8 @@ class SequencePass:
         }
         packed = layout.packed_rows(steps, self.device)
         with plan.replay.at(-1, steps.start, packed=packed), plan.autocast.restored(), self.tables:
-            result = self.plan.read_out(layout.unflat(rows, steps), *per_step, **shared)
+            hidden = layout.unflat(rows, steps)
+            result = self.plan.read_out(hidden, *per_step, **shared, **self.plan.constants)
         return checked_result(result, layout.shape(steps), self.plan.loss)
 
     def differentiate_read_out(
@@ -183,10 +212,11 @@ class SequencePass:
                 for given, grad in zip(self.tensors.per_step, self.per_step, strict=True)
             ]
             leaves = [leaf, *(arg for arg in per_step if isinstance(arg, Leaf))]
+            leaves += self._shared_leaves + self._leaves
             values = [arg.tensor if isinstance(arg, Leaf) else arg for arg in per_step]
             with torch.enable_grad():
                 result = self.call_read_out(steps, leaf.tensor, values)
-            differentiate(result, grads_of(steps, result), [*leaves, *self._read_out_leaves])
+            differentiate(result, grads_of(steps, result), leaves)
             del result
         return grad_top
 
@@ -196,14 +226,14 @@ class SequencePass:
         """Sweep forward; returns final states and segment starts."""
         states, starts = self.stack.forward(self.plan.store, visit)
         if not self.stack.is_finite(states):
-            named = {
-                "the parameters": self.tensors.parameters,
-                "the recurrent weights": self.tensors.weights,
-                "the inputs": self.tensors.inputs,
-            }
-            raise_not_finite(
-                {f"{name} ({i})": t for name, group in named.items() for i, t in enumerate(group)}
-            )
+            modules = self.plan.modules.names
+            named = dict(zip(modules, self.tensors.parameters, strict=True))
+            kinds = ("weight_ih", "weight_hh", "a bias")
+            for number, layer in enumerate(in_groups(self.tensors.weights, 3)):
+                of_layer = (f"{kind} of recurrent layer {number}" for kind in kinds)
+                named |= dict(zip(of_layer, layer, strict=True))
+            named |= {f"inputs[{i}]": part for i, part in enumerate(self.tensors.inputs)}
+            raise_not_finite(named)
         self.plan.on_forward(self.stack, states)
         return states, starts
 
@@ -256,8 +286,8 @@ class SequencePass:
         found = Tensors(
             self.inputs,
             self.per_step,
-            [leaf.total if isinstance(leaf, Leaf) else None for leaf in self.shared],
-            [leaf.total if isinstance(leaf, Leaf) else None for leaf in self.parameters],
+            [self._total(leaf) for leaf in self.shared],
+            [self._total(leaf) for leaf in self.parameters],
             weights,
             initial,
         )
@@ -265,6 +295,12 @@ class SequencePass:
             None if grad is None or tensor is None else grad.to(tensor.dtype)
             for grad, tensor in zip(found.flat(), self.tensors.flat(), strict=True)
         ]
+
+    def _total(self, leaf: Leaf | Tensor | None) -> MaybeTensor:
+        """A gradient, or None for what the modules made no use of."""
+        if not isinstance(leaf, Leaf):
+            return None
+        return leaf.total if leaf.used or self.tables.used(leaf.tensor) else None
 
 
 class Results:
@@ -334,13 +370,18 @@ def checked_result(result: Any, shape: tuple[int, ...], loss: bool | None) -> tu
     return tuple(parts)
 
 
-def _same(tensor: Tensor) -> Tensor:
-    return tensor
+def _leaves(
+    tensors: Sequence[MaybeTensor], needs: Sequence[Any], differentiated: bool = True
+) -> list[Leaf | Tensor | None]:
+    def leaf(tensor: Tensor) -> Leaf:
+        if differentiated:
+            return Leaf.of(tensor)
+        dtype = torch.promote_types(tensor.dtype, torch.float32)
+        nowhere = torch.zeros((), dtype=dtype, device=tensor.device).expand_as(tensor)
+        return Leaf.of(tensor, nowhere)
 
-
-def _leaves(tensors: Sequence[MaybeTensor], needs: Sequence[Any]) -> list[Leaf | Tensor | None]:
     return [
-        Leaf.of(tensor) if need and tensor is not None else tensor
+        leaf(tensor) if need and tensor is not None else tensor
         for tensor, need in zip(tensors, needs, strict=True)
     ]
 

@@ -78,6 +78,8 @@ class Leaf:
 
     tensor: Tensor
     total: Tensor
+    used: bool = False
+    """Whether anything was added."""
 
     @classmethod
     def of(cls, tensor: Tensor, total: Tensor | None = None) -> Leaf:
@@ -110,6 +112,12 @@ def differentiate(
         for leaf, grad in zip(leaves, found, strict=True):
             if grad is not None:
                 leaf.total += grad
+                leaf.used = True
+
+
+def same(x: Tensor) -> Tensor:
+    """The identity."""
+    return x
 
 
 class _Undone(NamedTuple):
@@ -132,7 +140,7 @@ class StackSweep:
         weights: weight_ih, weight_hh and bias (or None) of each layer.
         initial: h (and c) of each layer, (batch, hidden_size), or nothing for zero.
         inputs: what the first front is called with, in the layout of the plan.
-        leaves: of the parameters of each front.
+        leaves: of the parameters of the modules.
         tables: makes gradients of large tables accumulate in place.
     """
 
@@ -142,7 +150,7 @@ class StackSweep:
         weights: Sequence[Sequence[Tensor | None]],
         initial: Sequence[Sequence[Tensor]],
         inputs: Sequence[Tensor],
-        leaves: Sequence[Sequence[Leaf]],
+        leaves: Sequence[Leaf],
         tables: InPlaceGradients,
     ) -> None:
         self.plan = plan
@@ -319,7 +327,7 @@ class StackSweep:
                 chunk, part.rows, part.steps, grad, grads[index]
             )
             grad_x = layout.unflat(grad_rows, steps)
-            differentiate([part.x], [grad_x], [*part.sources, *self._leaves[index]])
+            differentiate([part.x], [grad_x], [*part.sources, *self._leaves])
             grad = part.sources[0].total if index else None
 
     # --- segments and checks -----------------------------------------------------------------

@@ -67,6 +67,7 @@ class InPlaceGradients(TorchFunctionMode):
         self._pairs = {id(leaf): (leaf, total) for leaf, total in pairs}
         for leaf, total in self._pairs.values():
             _check_total(leaf, total)
+        self._used: set[int] = set()
         self._cast: dict[tuple[int, torch.dtype], Tensor] = {}
         self._tokens: list[Token[tuple[InPlaceGradients, ...]]] = []
 
@@ -82,7 +83,15 @@ class InPlaceGradients(TorchFunctionMode):
     def total_of(self, leaf: Tensor | None) -> Tensor | None:
         """What the gradient of this weight is added to; None for any other tensor."""
         known = self._pairs.get(id(leaf))
-        return known[1] if known and known[0].requires_grad else None
+        if known is None or not known[0].requires_grad:
+            return None
+        if torch.is_grad_enabled():
+            self._used.add(id(leaf))
+        return known[1]
+
+    def used(self, leaf: Tensor) -> bool:
+        """Whether anything asked for the total of this weight, to add to it."""
+        return id(leaf) in self._used
 
     def cast(self, leaf: Tensor, dtype: torch.dtype) -> Tensor:
         """A weight of this mode in another dtype, cast at most once."""

@@ -462,6 +462,97 @@ def test_tied_weights_have_one_gradient():
     assert_close(found, truth, DOUBLE)
 
 
+class TiedLoss(nn.Module):
+    """Holds the embedding that the read-in is."""
+
+    def __init__(self, embedding):
+        super().__init__()
+        self.embedding = embedding
+
+    def forward(self, hidden, target):
+        logits = hidden @ self.embedding.weight.t()
+        return F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="sum")
+
+
+def test_a_module_that_several_parts_hold_goes_on_learning():
+    embedding = nn.Embedding(VOCABULARY, HIDDEN)
+    sequence = ReversibleSequence(
+        embedding, RevGRU(HIDDEN, HIDDEN), TiedLoss(embedding), chunk_steps=2
+    ).double()
+    weight, named = embedding.weight, dict(sequence.named_parameters())
+    for _ in range(2):
+        args = (tokens(7, 2), None, tokens(7, 2, seed=1))
+        _, _, found = loss_and_gradients(sequence, named, *args)
+        _, _, truth = loss_and_gradients(Plain(sequence), named, *args)
+        assert_close(found, truth, DOUBLE)
+        assert embedding.weight is weight
+
+
+@pytest.mark.parametrize("mode", ["forward", "backward"])
+@pytest.mark.parametrize(
+    "read_in",
+    [
+        lambda: nn.Linear(8, 6),
+        lambda: nn.Sequential(nn.Linear(8, 20), nn.ReLU(), nn.Linear(20, 6)),
+        lambda: nn.Sequential(
+            nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), nn.Linear(8, 6)
+        ),
+    ],
+)
+def test_read_ins_with_matrix_products_come_out_the_same_again_in_float32(read_in, mode):
+    torch.manual_seed(0)
+    per_step = read_in()
+    if isinstance(per_step, nn.Sequential) and len(per_step) == 2:
+        per_step = nn.Sequential(PerStep(per_step[0]), per_step[1])
+    for batch in (1, 3, 20):
+        sequence = ReversibleSequence(
+            per_step, RevLSTM(6, 8), Loss(8, VOCABULARY), chunk_steps=4, gradients=mode
+        )
+        x, y = normal(9, batch, 8), tokens(9, batch)
+        sequence(x, None, y)[0].backward()
+        sequence.read_out = nn.Linear(8, 3)
+        sequence(x)[0].sum().backward()
+
+
+class PerStep(nn.Module):
+    """Attention among the sequences of a step, which mixes no steps."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return self.layer(x)
+
+
+def test_parameters_that_were_not_used_have_no_gradient():
+    class Half(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used = Loss(HIDDEN, VOCABULARY)
+            self.unused = nn.Linear(HIDDEN, VOCABULARY)
+
+        def forward(self, hidden, target):
+            return self.used(hidden, target)
+
+    for mode in ("forward", "backward"):
+        sequence = language_model(read_out=Half(), gradients=mode)
+        sequence(tokens(5, 2), None, tokens(5, 2))[0].backward()
+        assert sequence.read_out.unused.weight.grad is None
+        assert sequence.read_out.used.weight.grad is not None
+
+
+def test_arguments_that_are_no_tensors_reach_the_read_out():
+    class Scaled(Loss):
+        def forward(self, hidden, target, *, scale, name):
+            return super().forward(hidden, target) * scale if name else None
+
+    sequence = language_model(read_out=Scaled(HIDDEN, VOCABULARY), chunk_steps=2)
+    args = (tokens(5, 2), None, tokens(5, 2))
+    one, three = (sequence(*args, scale=scale, name="loss")[0] for scale in (1.0, 3.0))
+    torch.testing.assert_close(3 * one, three)
+
+
 def test_weights_may_be_replaced_for_a_call():
     sequence = language_model(chunk_steps=3)
     args = (tokens(7, 2), None, tokens(7, 2, seed=1))

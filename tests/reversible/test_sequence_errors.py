@@ -136,10 +136,11 @@ def test_weights_changed_before_backward(segment_steps):
         lambda h: h.argmax(-1).float().sum(),
     ],
 )
-def test_loss_without_gradient(loss):
-    sequence = ReversibleSequence(nn.Identity(), RevGRU(2, 4), read_out(loss))
+@pytest.mark.parametrize("mode", ["forward", "backward"])
+def test_loss_without_gradient(loss, mode):
+    sequence = ReversibleSequence(nn.Identity(), RevGRU(2, 4), read_out(loss), gradients=mode)
     with pytest.raises(ValueError, match="a loss without gradient"):
-        sequence(torch.randn(5, 2, 2))
+        sequence(torch.randn(5, 2, 2))[0].backward()
     with torch.no_grad():
         sequence(torch.randn(5, 2, 2))
 
@@ -245,7 +246,9 @@ def test_divergence_is_reported():
     sequence = language_model()
     with torch.no_grad():
         sequence.rnns[0].weight_ih_l0[0] = float("nan")
-    with pytest.raises(ValueError, match=r"finite numbers, got NaN.*recurrent weights"):
+    with pytest.raises(
+        ValueError, match=r"finite numbers, got NaN.*weight_ih of recurrent layer 0"
+    ):
         sequence(tokens(4, 2), None, tokens(4, 2))
 
 
@@ -284,3 +287,53 @@ def test_locked_dropout_of_wrong_inputs():
 def test_dropout_that_is_always_on_is_no_mistake():
     sequence = ReversibleSequence(nn.Identity(), RevGRU(2, 4), read_out(F.dropout))
     sequence(torch.randn(5, 2, 2))[0].sum().backward()
+
+
+def test_modules_that_work_in_place():
+    x = torch.randn(6, 3, 4)
+    before = x.clone()
+    for part in (nn.Dropout(0.5, inplace=True), nn.ReLU(inplace=True)):
+        with pytest.raises(ValueError, match=r"read_in changes its input in place.*inplace=False"):
+            ReversibleSequence(part, RevGRU(4, 4), nn.Identity())(x)
+        assert torch.equal(x, before)
+        with pytest.raises(ValueError, match="read_out changes its input in place"):
+            ReversibleSequence(nn.Identity(), RevGRU(4, 4), part)(x)
+    inside = nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True))
+    ReversibleSequence(inside, RevGRU(4, 4), nn.Identity())(x)[0].sum().backward()
+
+
+def test_tensors_that_a_module_uses_but_does_not_hold():
+    embedding = nn.Embedding(VOCABULARY, 4)
+    hidden_away = [embedding]
+    tied = read_out(lambda h: h @ hidden_away[0].weight.t())
+    sequence = ReversibleSequence(nn.Embedding(VOCABULARY, 4), RevGRU(4, 4), tied)
+    with pytest.raises(ValueError, match=r"read_out uses a tensor of shape \(11, 4\).*Register it"):
+        sequence(tokens(5, 2))
+    # What another part holds is known.
+    sequence = ReversibleSequence(embedding, RevGRU(4, 4), tied, chunk_steps=2).double()
+    sequence(tokens(5, 2))[0].square().sum().backward()
+    found, embedding.weight.grad = embedding.weight.grad, None
+    tied(sequence.rnns[0](embedding(tokens(5, 2)))[0]).square().sum().backward()
+    torch.testing.assert_close(found, embedding.weight.grad)
+
+
+def test_mistakes_are_found_after_a_first_call_with_a_single_step():
+    sequence = ReversibleSequence(nn.Identity(), RevGRU(2, 4), read_out(lambda h: h.mean()))
+    sequence(torch.randn(1, 3, 2))
+    with pytest.raises(ValueError, match="mixes time steps"):
+        sequence(torch.randn(8, 3, 2))
+
+
+def test_a_penalty_that_is_added_in_every_chunk_is_no_sum_over_steps():
+    class Penalised(Loss):
+        def forward(self, hidden, target):
+            return super().forward(hidden, target) + 0.01 * self.weight.square().sum()
+
+    sequence = language_model(read_out=Penalised(HIDDEN, VOCABULARY))
+    with pytest.raises(ValueError, match="read_out mixes time steps"):
+        sequence(tokens(8, 3), None, tokens(8, 3))
+
+
+def test_arguments_of_a_sequence_must_be_modules():
+    with pytest.raises(ValueError, match="read_out must be an nn.Module, got function"):
+        ReversibleSequence(nn.Identity(), RevGRU(2, 4), lambda h: h)
