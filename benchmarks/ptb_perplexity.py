@@ -2,7 +2,7 @@
 
     python -m benchmarks.ptb_perplexity [--steps 400] [--lr 20] [--cells gru revgru lstm revlstm]
     python -m benchmarks.ptb_perplexity --size paper --steps 2000 --every 250 \\
-        --cells lstm revlstm_sequence --output ptb_paper
+        --cells lstm revlstm_sequence revlstm_forgetful_sequence --output ptb_paper
 
 Runs `revflip fit` with the recipe's configurations (same seed, same windows), then reads the logged
 metrics. Needs the Penn Treebank in REVFLIP_DATA; writes results/OUTPUT.json and its curve beside
@@ -31,6 +31,7 @@ CELLS = {
     "revlstm": ["lstm", "rev3"],
     "revlstm_forgetful": ["lstm", "rev3_forgetful"],
     "revlstm_sequence": ["lstm", "rev3", "sequence"],
+    "revlstm_forgetful_sequence": ["lstm", "rev3_forgetful", "sequence"],
 }
 
 
@@ -75,7 +76,8 @@ def draw(rows: list[dict[str, Any]]) -> Figure:
     figure = Figure(figsize=(6, 3.5), layout="constrained")
     axes = figure.subplots()
     for row in rows:
-        style = ":" if "_" in row["cell"] else "--" if row["cell"].startswith("rev") else "-"
+        reversible, forgetful = row["cell"].startswith("rev"), "forgetful" in row["cell"]
+        style = ":" if forgetful else "--" if reversible else "-"
         color = "C0" if "gru" in row["cell"] else "C1"
         axes.plot(*zip(*row["curve"], strict=True), style, color=color, label=row["cell"])
     axes.set(xlabel="training steps", ylabel="validation perplexity")
