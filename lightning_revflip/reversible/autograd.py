@@ -61,7 +61,7 @@ class ReversibleLayer(torch.autograd.Function):
                 layer = _layer(settings, weight_ih, weight_hh, bias)
                 state = _initial_state(settings, x, initial)
                 state.reserve(len(schedule.batch_sizes), certain)
-                replay = ChunkReplay(layer, state, graphs_enabled(x.device))
+                replay = ChunkReplay(layer, state, graphs_enabled(x.device, cell))
                 out = x.new_empty(schedule.rows, cell.hidden_size, dtype=settings.products.dtype)
                 for chunk in schedule.chunks():
                     replay.forward_chunk(chunk, chunk.rows(x), out[chunk.start : chunk.stop])
@@ -96,7 +96,7 @@ class ReversibleLayer(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             layer = _layer(settings, weight_ih, weight_hh, bias)
             state = SweepState.from_compact(settings.cell, *compact)
-            replay = ChunkReplay(layer, state, graphs_enabled(x.device))
+            replay = ChunkReplay(layer, state, graphs_enabled(x.device, settings.cell))
             grads = zero_gradients(layer, grad_final)
             grad_x = x.new_empty(x.shape) if ctx.needs_input_grad[1] else None
             for chunk in reversed(settings.schedule.chunks()):

@@ -87,6 +87,11 @@ class Layout:
         """To which sequence each row belongs, for packed sequences."""
         if not self.packed:
             return None
-        sizes = self.batch_sizes[steps.start : steps.stop]
-        sequences = torch.cat([torch.arange(size) for size in sizes])
-        return PackedRows(self.batch, sequences.to(device))
+        if self._sequences.device != device:
+            self.__dict__["_sequences"] = self._sequences.to(device)  # once, as it waits for a GPU
+        return PackedRows(self.batch, self._sequences[self.rows(steps)])
+
+    @cached_property
+    def _sequences(self) -> Tensor:
+        """The sequence of every row."""
+        return torch.cat([torch.arange(size) for size in self.batch_sizes])

@@ -319,6 +319,7 @@ class ReversibleRNNBase(nn.RNNBase):
     ) -> None:
         """Remember for `memory_report` what a forward sweep over a layer and direction stored."""
         schedule = layer.schedule
+        counts = layer.gate_counts.clone()  # a backward sweep with segments goes on counting
         self.last_passes[suffix] = Pass(
             cell=self.cell,
             device_type=layer.weight_hh.device.type,
@@ -331,7 +332,7 @@ class ReversibleRNNBase(nn.RNNBase):
             chunk_steps=schedule.chunk_steps,
             together=together,
             segments=segments,
-            gate_counts=layer.gate_counts if state.gate_counts is None else state.gate_counts,
+            gate_counts=counts if state.gate_counts is None else counts + state.gate_counts,
         )
 
 

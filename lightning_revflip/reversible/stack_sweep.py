@@ -193,6 +193,8 @@ class StackSweep:
         states = self._initial_states(store and self._is_last(0))
         for segment in range(self.segments):
             if segment:
+                for layer, state in zip(self.layers, states, strict=True):
+                    layer.leave(state)
                 halves = [torch.stack(state.halves).int() for state in states]
                 states = self._resumed(halves, store and self._is_last(segment))
                 if store:

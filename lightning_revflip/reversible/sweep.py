@@ -264,6 +264,13 @@ class LayerSweep:
             counted = torch.cat(forget_gates).clamp_(0, GATE_ONE)
             self.gate_counts += torch.bincount(counted, minlength=GATE_ONE + 1)
 
+    def leave(self, state: SweepState) -> None:
+        """Take over the statistics of a state that the forward sweep goes on without."""
+        for total in state.checksums():
+            self._checksum += total
+        if state.gate_counts is not None:
+            self.gate_counts += state.gate_counts
+
     def is_finite(self, state: SweepState) -> bool:
         """Whether all inputs and gates of the forward sweep so far were finite numbers."""
         sums = [self._checksum, *state.checksums()]

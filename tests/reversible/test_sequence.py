@@ -663,6 +663,14 @@ def test_memory_grows_with_the_length_by_the_information_buffer_only():
     assert long - short < 2.1 * report.stored_bits / 8 + 16 * 600 / 10
 
 
+@pytest.mark.parametrize("mode", ["forward", "backward"])
+def test_gates_are_counted_once_with_segments(mode):
+    sequence = language_model(chunk_steps=3, segment_steps=6, gradients=mode)
+    sequence(tokens(20, 2), None, tokens(20, 2))[0].backward()
+    (layer,) = memory_report(sequence).layers
+    assert layer.gate_counts.sum() == layer.unit_steps == 20 * 2 * 2 * HIDDEN
+
+
 @pytest.mark.slow
 def test_memory_with_segments_grows_with_the_square_root_of_the_length():
     short, _ = peak(50)

@@ -24,8 +24,8 @@ from tests.helpers.triton_kernels import Kernels, kernel_sigmoid, kernels_on_a_g
 
 pytest.importorskip("triton")
 
-BLOCKS = (64, 128) if torch.cuda.is_available() else (16, 64)
-"""A GPU's programs have at least two warps."""
+BLOCKS = (128, 256) if torch.cuda.is_available() else (16, 64)
+"""A GPU's programs have several warps."""
 
 
 @pytest.fixture(scope="module")

@@ -247,9 +247,12 @@ def test_graphs_compute_what_single_launches_do(kernels, kind, monkeypatch) -> N
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
 
 
-def test_graphs_are_off_unless_asked_for(monkeypatch) -> None:
+def test_graphs_are_off_unless_asked_for(kernels, monkeypatch) -> None:
     monkeypatch.delenv("REVFLIP_CUDA_GRAPHS", raising=False)
-    assert not cuda_graph.graphs_enabled(torch.device("cuda"))
+    cuda, cell = torch.device("cuda"), kernels.cell("RevGRU", 6, 3.0, 64)
+    assert not cuda_graph.graphs_enabled(cuda, cell)
     monkeypatch.setenv("REVFLIP_CUDA_GRAPHS", "1")
-    assert cuda_graph.graphs_enabled(torch.device("cuda"))
-    assert not cuda_graph.graphs_enabled(torch.device("cpu"))
+    assert cuda_graph.graphs_enabled(cuda, cell)
+    assert cuda_graph.graphs_enabled(cuda, RevGRUCell(6, 0))
+    assert not cuda_graph.graphs_enabled(cuda, RevGRUCell(6, 3.0))
+    assert not cuda_graph.graphs_enabled(torch.device("cpu"), cell)

@@ -1,7 +1,9 @@
 """Faster implementations of the cells, chosen per pass; `cells.py` is the specification."""
 
+import functools
 import importlib.util
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -49,7 +51,25 @@ def _triton_runs_on(device: torch.device) -> bool:
         and torch.version.hip is None  # untested there
         and torch.cuda.get_device_capability(device) >= (7, 0)
         and importlib.util.find_spec("triton") is not None
+        and _triton_builds()
     )
+
+
+@functools.cache
+def _triton_builds() -> bool:
+    """Whether Triton can make its launcher, for which it compiles C with Python's headers."""
+    try:
+        from triton.runtime import driver
+
+        _ = driver.active.utils
+    except Exception as error:  # whatever Triton, a compiler or the loader may raise
+        warnings.warn(
+            f"Triton cannot be used, so reversible layers run by torch calls alone: {error}. "
+            "Install gcc and Python's headers, or set REVFLIP_TRITON=0 to accept this.",
+            stacklevel=2,
+        )
+        return False
+    return True
 
 
 @contextmanager

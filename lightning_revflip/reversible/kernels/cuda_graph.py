@@ -3,20 +3,26 @@
 Off unless the environment variable `REVFLIP_CUDA_GRAPHS` is 1: its gain has not been measured.
 """
 
+import contextlib
 import os
 from collections.abc import Callable, Hashable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from lightning_revflip.reversible.cells import Cell
 from lightning_revflip.reversible.schedule import Chunk
 from lightning_revflip.reversible.sweep import Gradients, LayerSweep, SweepState
 
 
-def graphs_enabled(device: torch.device) -> bool:
-    """Whether sweeps on this device should replay their chunks."""
-    return device.type == "cuda" and os.environ.get("REVFLIP_CUDA_GRAPHS") == "1"
+def graphs_enabled(device: torch.device, cell: Cell[Any]) -> bool:
+    """Whether sweeps of a cell on this device should replay their chunks.
+
+    Words that torch calls store grow with what is forgotten, which a graph cannot follow.
+    """
+    capturable = not cell.forgets or cell.storage.integers == torch.int32
+    return device.type == "cuda" and capturable and os.environ.get("REVFLIP_CUDA_GRAPHS") == "1"
 
 
 class _Captured(NamedTuple):
@@ -93,15 +99,17 @@ class ChunkReplay:
     ) -> Tensor:
         if shape not in self._seen:
             self._seen.add(shape)
-            return function(*inputs)
-        captured = self._captured.get(shape)
-        if captured is None:
-            captured = self._captured[shape] = _capture(function, inputs)
-        for static, given in zip(captured.inputs, inputs, strict=True):
-            if static is not None and given is not None:
-                static.copy_(given)
-        captured.graph.replay()
-        return captured.output
+            return function(*map(_copy, inputs))
+        device = self.state.halves[0].device
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            captured = self._captured.get(shape)
+            if captured is None:
+                captured = self._captured[shape] = _capture(function, inputs)
+            for static, given in zip(captured.inputs, inputs, strict=True):
+                if static is not None and given is not None:
+                    static.copy_(given)
+            captured.graph.replay()
+            return captured.output
 
 
 def _shape(chunk: Chunk) -> Hashable:
@@ -109,9 +117,14 @@ def _shape(chunk: Chunk) -> Hashable:
     return tuple((step.start, step.stop) for step in chunk.steps)
 
 
+def _copy(x: Tensor | None) -> Tensor | None:
+    """A dense copy: products must meet the same strides and alignment, captured or not."""
+    return None if x is None else x.clone(memory_format=torch.contiguous_format)
+
+
 def _capture(function: Callable[..., Tensor], inputs: tuple[Tensor | None, ...]) -> _Captured:
     """Records the launches of `function` without running them."""
-    static = tuple(None if x is None else torch.empty_like(x) for x in inputs)
+    static = tuple(map(_copy, inputs))
     graph = torch.cuda.CUDAGraph()
     current = torch.cuda.current_stream()
     side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
@@ -121,7 +134,10 @@ def _capture(function: Callable[..., Tensor], inputs: tuple[Tensor | None, ...])
         graph.capture_begin(capture_error_mode="thread_local")
         try:
             output = function(*static)
-        finally:
-            graph.capture_end()
+        except BaseException:
+            with contextlib.suppress(RuntimeError):  # about the capture, not about its cause
+                graph.capture_end()
+            raise
+        graph.capture_end()
     current.wait_stream(side)
     return _Captured(graph, static, output)

@@ -140,8 +140,11 @@ class WordStacks:
         packed = header.new_empty(len(header) + used)
         packed[: len(header)] = header
         target = packed[len(header) :]
-        grid = (2 * self.programs, -(-highest // self.block))
-        launch(kernels.pack, grid, self.block, self.words, self.start, self.top, target, starts)
+        # One axis: a GPU allows 65,535 programs along the others.
+        blocks = -(-highest // self.block)
+        grid = (2 * self.programs * blocks,)
+        tensors = (self.words, self.start, self.top, target, starts)
+        launch(kernels.pack, grid, self.block, *tensors, blocks=blocks)
         return packed
 
     def _dense_starts(self) -> Tensor:

@@ -207,18 +207,22 @@ def multiply(
     program = tl.program_id(0)
     row, column, alive = units_of_program(count, half, BLOCK)
     at = row * STATES * half + column
+    if STORE:
+        base = tl.load(start + program)
+        height = tl.load(top + program)
     for k in tl.static_range(STATES):
         h = tl.load(state + at + k * half, mask=alive, other=0)
         b = tl.load(buffer + at + k * half, mask=alive, other=LOWEST)
         z = tl.load(gate + at + k * half, mask=alive, other=1023)
         if STORE:
-            height = tl.load(top + program)
             due = b >= z * EMIT
-            height = push(b, due, words, tl.load(start + program), height, capacity, flags)
-            tl.store(top + program, height)
+            height = push(b, due, words, base, height, capacity, flags)
         h, b = multiplied(h, b, z)
         tl.store(state + at + k * half, h, mask=alive)
         tl.store(buffer + at + k * half, b, mask=alive)
+    if STORE:
+        # Once: another warp would not see a height that this one has just stored.
+        tl.store(top + program, height)
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -239,24 +243,26 @@ def divide(
     program = tl.program_id(0)
     row, column, alive = units_of_program(count, half, BLOCK)
     at = row * STATES * half + column
+    base = tl.load(start + program)
+    height = tl.load(top + program)
     for i in tl.static_range(STATES):
         k = STATES - 1 - i
         h = tl.load(state + at + k * half, mask=alive, other=0)
         b = tl.load(buffer + at + k * half, mask=alive, other=LOWEST)
         z = tl.load(gate + at + k * half, mask=alive, other=1023)
         h, b = divided(h, b, z)
-        height = tl.load(top + program)
-        b, height = pop(b, alive & (b < LOWEST), words, tl.load(start + program), height, flags)
-        tl.store(top + program, height)
+        b, height = pop(b, alive & (b < LOWEST), words, base, height, flags)
         tl.store(state + at + k * half, h, mask=alive)
         tl.store(buffer + at + k * half, b, mask=alive)
+    tl.store(top + program, height)
 
 
-@triton.jit
-def pack(words, start, top, packed, packed_start, BLOCK: tl.constexpr):
-    """Copy each stack to where it starts among densely packed ones; grid (stacks, blocks)."""
-    stack = tl.program_id(0)
-    index = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+@triton.jit(do_not_specialize=["blocks"])
+def pack(words, start, top, packed, packed_start, blocks, BLOCK: tl.constexpr):
+    """Copy each stack to where it starts among densely packed ones; grid (stacks * blocks,)."""
+    program = tl.program_id(0)
+    stack = program // blocks
+    index = (program - stack * blocks) * BLOCK + tl.arange(0, BLOCK)
     used = index < tl.load(top + stack)
     found = tl.load(words + tl.load(start + stack) + index, mask=used)
     tl.store(packed + tl.load(packed_start + stack) + index, found, mask=used)
