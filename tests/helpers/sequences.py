@@ -1,5 +1,6 @@
 """A language model as a ReversibleSequence and as a user writes it, with the same parameters."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -7,8 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_revflip.reversible import ReversibleSequence, RevLSTM
+from tests.helpers.passes import gradients
 
 VOCABULARY, FEATURES, HIDDEN = 11, 6, 8
+DOUBLE = 1e-9
+"""Relative error that float64 gradients stay below."""
 
 
 class Loss(nn.Linear):
@@ -65,3 +69,21 @@ def tokens(*shape: int, seed: int = 0) -> Tensor:
     """Random tokens of the vocabulary."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(VOCABULARY, shape, generator=generator)
+
+
+def as_state(parts: Sequence[Tensor]) -> Any:
+    """h, or (h, c), as a layer takes it."""
+    return parts[0] if len(parts) == 1 else tuple(parts)
+
+
+def as_parts(state: Any) -> list[Tensor]:
+    """[h] or [h, c]."""
+    return list(state) if isinstance(state, tuple) else [state]
+
+
+def loss_and_gradients(
+    model: nn.Module, named: Mapping[str, Tensor], *args: Any, **kwargs: Any
+) -> tuple[Tensor, Any, dict[str, Tensor]]:
+    """Loss, state, and the gradients of the loss times 3 (a scaler's factor)."""
+    loss, state = model(*args, **kwargs)
+    return loss, state, gradients(3.0 * loss, named)
