@@ -253,11 +253,7 @@ class ReversibleRNNBase(nn.RNNBase):
                 f"{self.cell.name} expects inputs with {self.input_size} features in the last "
                 f"dimension (input_size={self.input_size}), got {x.shape[-1]}."
             )
-        if x.device.type == "mps":
-            raise ValueError(
-                f"{self.cell.name} needs float64 arithmetic for exact integers, which MPS devices "
-                'do not have. Use a CPU or CUDA device (Trainer(accelerator="cpu")).'
-            )
+        self.check_device(x.device)
         if not batch_sizes:
             raise ValueError(f"{self.cell.name} needs at least one time step, got none.")
         weight = self.weight_ih_l0
@@ -268,6 +264,14 @@ class ReversibleRNNBase(nn.RNNBase):
                 "Convert one of them, or run under autocast."
             )
         self.check_states(given, batch_sizes[0], len(batch_sizes), x.dtype)
+
+    def check_device(self, device: torch.device) -> None:
+        """Raise a ValueError on a device without the arithmetic that exact integers need."""
+        if device.type == "mps":
+            raise ValueError(
+                f"{self.cell.name} needs float64 arithmetic for exact integers, which MPS devices "
+                'do not have. Use a CPU or CUDA device (Trainer(accelerator="cpu")).'
+            )
 
     def check_states(
         self, given: Sequence[Tensor], batch: int, steps: int, dtype: torch.dtype

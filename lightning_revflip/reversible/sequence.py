@@ -184,7 +184,8 @@ class ReversibleSequence(nn.Module):
         Returns:
             What `read_out` returns, summed or joined, in the layout of `inputs`; and the final
             state, in the shape of `state`. The state has a gradient unless gradients are computed
-            in the forward pass; for truncated back-propagation pass it to the next call.
+            in the forward pass; for truncated back-propagation pass it, detached, to the next
+            call.
         """
         packed = isinstance(inputs, PackedSequence)
         parts: tuple[Any, ...] = (inputs,) if packed or not isinstance(inputs, tuple) else inputs
@@ -196,10 +197,8 @@ class ReversibleSequence(nn.Module):
             None if arg is None else data_of(arg, layout, template, f"per-step argument {i}")
             for i, arg in enumerate(per_step)
         ]
-        initial: list[Tensor] = []
-        if state is not None:
-            states = [state] if self.single else state
-            initial = initial_states(self._rnns, states, layout, template)
+        states = [state] if self.single and state is not None else state
+        initial = initial_states(self._rnns, states, layout, template)
         plan, tensors = self._plan(layout, flat_inputs, flat_args, shared, initial)
         outputs = _apply(plan, tensors)
         count = len(outputs) - len(plan.stack.cells) * plan.states
@@ -228,6 +227,7 @@ class ReversibleSequence(nn.Module):
             inputs, per_step, list(shared_tensors.values()), parameters, weights, initial
         )
         device, dtype = weights[0].device, weights[0].dtype
+        self._rnns[0].check_device(device)
         autocast = Autocast.now(device)
         if autocast.enabled and dtype != torch.float64:
             dtype = autocast.dtype

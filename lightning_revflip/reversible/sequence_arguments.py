@@ -100,6 +100,11 @@ def initial_states(
     template: PackedSequence | None,
 ) -> list[Tensor]:
     """The h (and c) of each layer in turn, (batch, hidden_size); empty for zero states."""
+    if state is None:
+        for rnn in rnns:
+            weight, _, _ = rnn.effective_weights("l0")
+            rnn.check_states([], layout.batch, layout.steps, weight.dtype)
+        return []
     if not isinstance(state, list | tuple) or len(state) != len(rnns):
         raise ValueError(
             f"state must be a list with the state of each of the {len(rnns)} rnns, "

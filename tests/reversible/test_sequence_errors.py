@@ -338,3 +338,9 @@ def test_a_penalty_that_is_added_in_every_chunk_is_no_sum_over_steps():
 def test_arguments_of_a_sequence_must_be_modules():
     with pytest.raises(ValueError, match="read_out must be an nn.Module, got function"):
         ReversibleSequence(nn.Identity(), RevGRU(2, 4), lambda h: h)
+
+
+def test_states_that_never_forget_may_not_outgrow_their_range():
+    sequence = ReversibleSequence(nn.Identity(), RevLSTM(2, 4, max_forget_bits=0), nn.Identity())
+    with pytest.raises(ValueError, match="the zero state must be finite and stay below 2048"):
+        sequence(torch.zeros(2100, 1, 2))
