@@ -120,14 +120,19 @@ class ReversibleLayer(torch.autograd.Function):
 
 def reversible_layer(settings: Settings, *tensors: Tensor | None) -> tuple[Tensor, ...]:
     """`ReversibleLayer.apply`, typed."""
-    apply: Any = ReversibleLayer.apply
-    if "torch._dynamo" in sys.modules:
-        # A compiler would fuse gates differently in the two passes, and reversal be inexact. The
-        # decorator would import it, which takes 2 s.
-        disable: Any = torch.compiler.disable
-        apply = disable(apply)
-    outputs: tuple[Tensor, ...] = apply(settings, *tensors)
+    outputs: tuple[Tensor, ...] = uncompiled(ReversibleLayer.apply)(settings, *tensors)
     return outputs
+
+
+def uncompiled(function: Any) -> Any:
+    """A function that a surrounding `torch.compile` calls as it is.
+
+    A compiler would fuse gates differently in the two passes, and reversal be inexact.
+    """
+    if "torch._dynamo" not in sys.modules:  # `disable` would import it, which takes 2 s
+        return function
+    disable: Any = torch.compiler.disable
+    return disable(function)
 
 
 def _layer(

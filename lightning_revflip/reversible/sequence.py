@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal
@@ -13,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from lightning_revflip.reversible.autograd import uncompiled
 from lightning_revflip.reversible.kernels import fastest
 from lightning_revflip.reversible.layout import Layout
 from lightning_revflip.reversible.products import Products, onednn_available
@@ -200,7 +200,8 @@ class ReversibleSequence(nn.Module):
         states = [state] if self.single and state is not None else state
         initial = initial_states(self._rnns, states, layout, template)
         plan, tensors = self._plan(layout, flat_inputs, flat_args, shared, initial)
-        outputs = _apply(plan, tensors)
+        run = uncompiled(ReversibleSequenceFunction.apply)
+        outputs: tuple[Tensor, ...] = run(plan, *tensors.flat())
         count = len(outputs) - len(plan.stack.cells) * plan.states
         results = [wrapped(part, template) for part in outputs[:count]]
         finals = final_states(self._rnns, outputs[count:], template)
@@ -316,15 +317,6 @@ class ReversibleSequence(nn.Module):
         names = ("chunk_steps", "read_out_steps", "segment_steps", "gradients")
         given = [f"{n}={getattr(self, n)!r}" for n in names if getattr(self, n) is not None]
         return ", ".join(given)
-
-
-def _apply(plan: SequencePlan, tensors: Tensors) -> tuple[Tensor, ...]:
-    apply: Any = ReversibleSequenceFunction.apply
-    if "torch._dynamo" in sys.modules:
-        disable: Any = torch.compiler.disable  # see `autograd.reversible_layer`
-        apply = disable(apply)
-    outputs: tuple[Tensor, ...] = apply(plan, *tensors.flat())
-    return outputs
 
 
 def _dropout(rnn: ReversibleRNNBase, x: Tensor) -> Tensor:
