@@ -20,6 +20,10 @@ of range asymmetric numeral systems (Duda, 2014, arXiv 1311.2540). With `2^15 <=
 is unambiguous: without a word, `b // z * 1024` stays inside the interval; with one, `b` falls below
 2^15 before the multiplication and no other way. (2^15 is a multiple of 1024, hence both bounds are
 exact.) So nothing records where words were emitted, and `b` fits int32 for every sequence of gates.
+
+A `b` need not belong to one unit. Several units can take turns with it, last in, first out: the
+units of a step, in memory order, share `lanes` of them. Each `b` is 32 bits that do not shrink with
+the sequence, so few lanes matter for short ones; many lanes are what vector instructions want.
 """
 
 import math
@@ -159,10 +163,13 @@ class InformationBuffer:
     """The buffer of a block of units; several of them may share a word stream.
 
     Args:
-        state: `b` of each unit as float64 integers in 2^15..2^31 - 1, any shape, contiguous.
-            Modified in place.
+        state: `b` of each lane as float64 integers in 2^15..2^31 - 1, any shape, contiguous. Unit i
+            of a step, in memory order, uses lane i modulo their number. Modified in place.
         words: where full words go; None drops them, for passes that are never reversed.
     """
+
+    gate_one: float = GATE_ONE
+    """What stands for a gate of 1 in `multiply_` and `divide_`. A unit with it is left alone."""
 
     def __init__(self, state: Tensor, words: WordStream | None) -> None:
         self.state = state
@@ -173,45 +180,50 @@ class InformationBuffer:
         """The state of buffers that hold nothing, float64."""
         return torch.full(shape, _LOWEST, dtype=torch.float64, device=device)
 
+    def _turns(self, h: Tensor, gate: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Lanes, states and gates of the units that use different lanes, as flat views."""
+        lanes = self.state.view(-1)
+        parts = zip(
+            h.view(-1).split(len(lanes) or 1), gate.reshape(-1).split(len(lanes) or 1), strict=True
+        )
+        return [(lanes[: len(part)], part, gates) for part, gates in parts]
+
     def multiply_(self, h: Tensor, gate: Tensor) -> None:
         """Replace `h` by `h * gate / 1024`, and keep what the rounding loses.
 
         Args:
-            h: float64 integers below 2^31 in magnitude, shape (rows, units), where the buffer's
-                state has that shape or more rows; rows beyond stay untouched.
-            gate: float64 integers in 1..1023, shape (rows, units).
+            h: float64 integers below 2^31 in magnitude, shape (rows, units), contiguous.
+            gate: float64 integers in 1..1024, shape (rows, units).
         """
-        b = self.state[: h.shape[0]]
-        full = (b >= gate * _EMIT).view(-1).nonzero().squeeze(1)
-        if full.numel():
-            flat = b.view(-1)
-            value = flat.index_select(0, full)
-            rest = (value * (1.0 / _WORD)).floor_()
-            if self.words is not None:
-                self.words.push(value.sub_(rest, alpha=_WORD))
-            flat.index_copy_(0, full, rest)
-        # A correctly rounded float64 quotient of integers below 2^41 by one below 2^10 has the
-        # right floor: the true quotient is an integer or at least 2^-10 away from the next one.
-        quotient = (b / gate).floor_()
-        product = torch.addcmul(b, quotient, gate, value=-1).addcmul_(h, gate)
-        torch.floor(product * (1.0 / _GATE), out=h)
-        torch.add(product, quotient.sub_(h), alpha=_GATE, out=b)
+        for b, part, gates in self._turns(h, gate):
+            full = (b >= gates * _EMIT).nonzero().squeeze(1)
+            if full.numel():
+                value = b.index_select(0, full)
+                rest = (value * (1.0 / _WORD)).floor_()
+                if self.words is not None:
+                    self.words.push(value.sub_(rest, alpha=_WORD))
+                b.index_copy_(0, full, rest)
+            # A correctly rounded float64 quotient of integers below 2^41 by one up to 2^10 has the
+            # right floor: the true quotient is an integer or at least 2^-10 away from the next one.
+            quotient = (b / gates).floor_()
+            product = torch.addcmul(b, quotient, gates, value=-1).addcmul_(part, gates)
+            torch.floor(product * (1.0 / _GATE), out=part)
+            torch.add(product, quotient.sub_(part), alpha=_GATE, out=b)
 
     def divide_(self, h: Tensor, gate: Tensor) -> None:
         """Undo `multiply_` with the same gates: arguments as there."""
-        b = self.state[: h.shape[0]]
-        quotient = (b * (1.0 / _GATE)).floor_()
-        product = torch.add(b, h - quotient, alpha=_GATE)
-        torch.div(product, gate, out=h)
-        h.floor_()
-        torch.addcmul(product, quotient.sub_(h), gate, out=b)
-        low = (b < _LOWEST).view(-1).nonzero().squeeze(1)
-        if low.numel():
-            if self.words is None:
-                raise IndexError("this buffer dropped its words and cannot be reversed")
-            flat = b.view(-1)
-            high = flat.index_select(0, low).mul_(_WORD)
-            flat.index_copy_(0, low, high.add_(self.words.pop(low.numel())))
+        for b, part, gates in reversed(self._turns(h, gate)):
+            quotient = (b * (1.0 / _GATE)).floor_()
+            product = torch.add(b, part - quotient, alpha=_GATE)
+            torch.div(product, gates, out=part)
+            part.floor_()
+            torch.addcmul(product, quotient.sub_(part), gates, out=b)
+            low = (b < _LOWEST).nonzero().squeeze(1)
+            if low.numel():
+                if self.words is None:
+                    raise IndexError("this buffer dropped its words and cannot be reversed")
+                high = b.index_select(0, low).mul_(_WORD)
+                b.index_copy_(0, low, high.add_(self.words.pop(low.numel())))
 
     def is_initial(self) -> bool:
         """Whether the state is that of buffers which hold nothing."""
@@ -233,15 +245,23 @@ class Storage:
     integers: torch.dtype = torch.float64
     """Dtype of states and buffers: any that holds the integers exactly."""
 
+    lanes: int | None = None
+    """At most so many buffer states per half; None: one for each unit."""
+
     def words(self, batch: int, device: torch.device, packed: Tensor | None = None) -> Words:
         """Where the buffers of `batch` sequences put their words; `packed`: those to start from."""
         return WordStream(packed, device)
+
+    def empty_buffers(self, batch: int, units: int, device: torch.device) -> Tensor:
+        """Buffer states that hold nothing, for `units` units of a half: float64, (2, ...)."""
+        shape = (batch, units) if self.lanes is None else (min(self.lanes, batch * units),)
+        return InformationBuffer.initial_state(2, *shape, device=device)
 
     def buffers(self, states: list[Tensor], words: Any) -> list[InformationBuffer]:
         """The buffers of both halves.
 
         Args:
-            states: `b` of each unit, (batch, states * half), in the dtype `integers`.
+            states: those of each half, in the shape of `empty_buffers` and the dtype `integers`.
             words: what `words` returned, or None to drop words.
         """
         return [InformationBuffer(state, words) for state in states]
@@ -258,9 +278,9 @@ def information_bits(gate_counts: Tensor) -> float:
     return float((counts * (GATE_BITS - gates.log2())).sum())
 
 
-def stored_bits(words: int, units: int) -> int:
-    """What the buffers of `units` units and their word stream occupy, in bits."""
-    return WORD_BITS * words + 32 * units
+def stored_bits(words: int, states: int) -> int:
+    """What a word stream and so many buffer states occupy, in bits."""
+    return WORD_BITS * words + 32 * states
 
 
 def lowest_gate(max_forget_bits: float | None) -> int:

@@ -36,7 +36,7 @@ class SweepState:
     Args:
         cell: the cell they belong to.
         halves: integers of either half, each (batch, states * half), as `cell.storage` keeps them.
-        buffers: buffer states of either half, the same shape; (batch, 0) without forgetting.
+        buffers: buffer states of either half; none without forgetting.
         words: the words of both; None for a pass that is never reversed.
     """
 
@@ -67,7 +67,7 @@ class SweepState:
         """Given states, integers of shape (2, batch, states * half), and empty buffers."""
         batch, width = halves.shape[1:]
         units, device = width if cell.forgets else 0, halves.device
-        buffers = InformationBuffer.initial_state(2, batch, units, device=device)
+        buffers = cell.storage.empty_buffers(batch, units, device)
         words = cell.storage.words(batch, device) if store else None
         return cls._kept(cell, halves, buffers, words)
 

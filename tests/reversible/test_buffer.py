@@ -288,7 +288,7 @@ def test_information_is_the_sum_of_the_logarithms_of_the_gates():
 
 
 def test_stored_bits_count_words_and_states():
-    assert stored_bits(words=10, units=7) == 10 * 16 + 7 * 32
+    assert stored_bits(words=10, states=7) == 10 * 16 + 7 * 32
 
 
 @pytest.mark.parametrize("bits", [0.001, 0.5, 1, 2, 2.5, 3, 5, 9.99, 10, 40])

@@ -10,6 +10,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from lightning_revflip.reversible.kernels import fastest, torch_only
 from lightning_revflip.reversible.kernels.native import sigmoid
+from lightning_revflip.reversible.kernels.native_cells import NativeStorage
 from tests.helpers.exact_arithmetic import ExactArithmetic
 from tests.helpers.passes import (
     CELLS,
@@ -172,8 +173,9 @@ def test_gradient_of_a_single_step_agrees(cell):
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("implementation", ["torch", NATIVE])
 def test_float32_gradients_agree_at_seventy_steps_and_three_hundred_units(
-    cell, bits, implementation
+    cell, bits, implementation, monkeypatch
 ):
+    monkeypatch.setattr(NativeStorage, "lanes", None)  # one buffer per unit, as the plain cell has
     rnn = make(cell, 200, 300, max_forget_bits=bits)
     x = normal(70, 20, 200).requires_grad_()
     with ExitStack() as stack:

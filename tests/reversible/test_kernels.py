@@ -38,30 +38,33 @@ def test_sigmoids_are_accurate_to_a_unit_in_the_last_place() -> None:
     seed=st.integers(0, 10_000),
     rows=st.integers(1, 7),
     units=st.integers(1, 40),
+    lanes=st.integers(1, 50),
     lowest=st.sampled_from([1, 128, 512, 1000]),
 )
 @examples(max_examples=60)
-def test_words_buffers_and_states_are_those_of_the_specification(seed, rows, units, lowest) -> None:
+def test_words_buffers_and_states_are_those_of_the_specification(
+    seed, rows, units, lanes, lowest
+) -> None:
     generator = torch.Generator().manual_seed(seed)
     plain = torch.randint(-(2**31) + 1, 2**31, (rows, units), generator=generator).double()
     native_state = plain.clone()
     initial = plain.clone()
     buffers = [
-        InformationBuffer(InformationBuffer.initial_state(rows, units), WordStream())
-        for _ in range(2)
+        kind(InformationBuffer.initial_state(lanes), WordStream())
+        for kind in (InformationBuffer, native_cells.NativeBuffer)
     ]
     gates = [
         torch.randint(lowest, 1024, (rows, units), generator=generator).float() for _ in range(60)
     ]
     for gate in gates:
         buffers[0].multiply_(plain, gate.double())
-        native_cells.multiply_(buffers[1], native_state, gate / 1024)
+        buffers[1].multiply_(native_state, gate / 1024)
         assert torch.equal(plain, native_state)
         assert torch.equal(buffers[0].state, buffers[1].state)
     words = [buffer.words.pack() for buffer in buffers if buffer.words is not None]
     assert torch.equal(*words)
     for gate in reversed(gates):
-        native_cells.divide_(buffers[1], native_state, gate / 1024)
+        buffers[1].divide_(native_state, gate / 1024)
     assert torch.equal(native_state, initial)
     assert buffers[1].is_initial()
     assert not buffers[1].words

@@ -249,6 +249,9 @@ class DeviceStorage(Storage):
         units = batch * self.half
         return WordStacks(units, self.states, self.block, self.max_forget_bits, device, packed)
 
+    def empty_buffers(self, batch: int, units: int, device: torch.device) -> Tensor:
+        return InformationBuffer.initial_state(2, batch, units, device=device)
+
     def buffers(self, states: list[Tensor], words: WordStacks | None) -> list[InformationBuffer]:
         device = states[0].device
         flags = torch.zeros(1, dtype=torch.int32, device=device) if words is None else words.flags

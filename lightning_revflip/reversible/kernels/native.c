@@ -49,46 +49,58 @@ void sigmoids(int64_t count, const float *x, float *out) {
     for (int64_t i = 0; i < count; i++) out[i] = sigmoid(x[i]);
 }
 
-/* state <- state * gate, losslessly; returns the number of words pushed. */
-int64_t multiply(int64_t count, double *state, double *b, const float *gate, int16_t *words) {
+/* state <- state * gate, losslessly; returns the number of words pushed. Units take turns with the
+ * `lanes` numbers in b. */
+int64_t multiply(int64_t count, int64_t lanes, double *restrict state, double *restrict b,
+                 const float *restrict gate, int16_t *restrict words) {
     int64_t pushed = 0;
-    for (int64_t i = 0; i < count; i++) {
-        double z = GATE * gate[i];
-        if (b[i] >= z * EMIT) {
-            int64_t value = (int64_t)b[i];
-            words[pushed++] = (int16_t)((value & 65535) - SIGN);
-            b[i] = (double)(value >> 16);
+    for (int64_t start = 0; start < count; start += lanes) {
+        int64_t size = count - start < lanes ? count - start : lanes;
+        double *restrict h = state + start;
+        const float *restrict g = gate + start;
+        for (int64_t i = 0; i < size; i++) {
+            double z = GATE * g[i];
+            if (b[i] >= z * EMIT) {
+                int64_t value = (int64_t)b[i];
+                words[pushed++] = (int16_t)((value & 65535) - SIGN);
+                b[i] = (double)(value >> 16);
+            }
         }
-    }
-    for (int64_t i = 0; i < count; i++) {
-        double z = GATE * gate[i];
-        double quotient = floor(b[i] / z);
-        double product = b[i] - quotient * z + state[i] * z;
-        double kept = floor(product * (1.0 / GATE));
-        b[i] = quotient * GATE + (product - kept * GATE);
-        state[i] = kept;
+        for (int64_t i = 0; i < size; i++) {
+            double z = GATE * g[i];
+            double quotient = floor(b[i] / z);
+            double product = b[i] - quotient * z + h[i] * z;
+            double kept = floor(product * (1.0 / GATE));
+            b[i] = quotient * GATE + (product - kept * GATE);
+            h[i] = kept;
+        }
     }
     return pushed;
 }
 
 /* Undoes `multiply` with the words below `words + available`; returns how many it took, or -1 if
  * there were not enough. */
-int64_t divide(int64_t count, double *state, double *b, const float *gate, const int16_t *words,
-               int64_t available) {
-    for (int64_t i = 0; i < count; i++) {
-        double z = GATE * gate[i];
-        double quotient = floor(b[i] * (1.0 / GATE));
-        double product = state[i] * GATE + (b[i] - quotient * GATE);
-        double restored = floor(product / z);
-        b[i] = quotient * z + (product - restored * z);
-        state[i] = restored;
-    }
+int64_t divide(int64_t count, int64_t lanes, double *restrict state, double *restrict b,
+               const float *restrict gate, const int16_t *restrict words, int64_t available) {
     int64_t popped = 0;
-    for (int64_t i = count - 1; i >= 0; i--) {
-        if (b[i] < LOWEST) {
-            if (popped == available) return -1;
-            popped++;
-            b[i] = b[i] * 65536.0 + (double)(words[available - popped] + SIGN);
+    for (int64_t start = count ? (count - 1) / lanes * lanes : -1; start >= 0; start -= lanes) {
+        int64_t size = count - start < lanes ? count - start : lanes;
+        double *restrict h = state + start;
+        const float *restrict g = gate + start;
+        for (int64_t i = 0; i < size; i++) {
+            double z = GATE * g[i];
+            double quotient = floor(b[i] * (1.0 / GATE));
+            double product = h[i] * GATE + (b[i] - quotient * GATE);
+            double restored = floor(product / z);
+            b[i] = quotient * z + (product - restored * z);
+            h[i] = restored;
+        }
+        for (int64_t i = size - 1; i >= 0; i--) {
+            if (b[i] < LOWEST) {
+                if (popped == available) return -1;
+                popped++;
+                b[i] = b[i] * 65536.0 + (double)(words[available - popped] + SIGN);
+            }
         }
     }
     return popped;

@@ -34,8 +34,8 @@ _array, _size = ctypes.c_void_p, ctypes.c_int64
 _float, _double = ctypes.c_float, ctypes.c_double
 _SIGNATURES: dict[str, list[type]] = {
     "sigmoids": [_size, _array, _array],
-    "multiply": [_size, _array, _array, _array, _array],
-    "divide": [_size, _array, _array, _array, _array, _size],
+    "multiply": [_size, _size, _array, _array, _array, _array],
+    "divide": [_size, _size, _array, _array, _array, _array, _size],
     "to_float": [_size, _size, _array, _size, _size, _double, _array],
     "lstm_gates": [_size, _size, _array, _array, _size, _float, _float, _array],
     "lstm_add": [_size, _size, _array, _array, _double],

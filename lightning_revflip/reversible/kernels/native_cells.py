@@ -5,11 +5,12 @@ and C gets the address of its first column; every other argument is dense.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_revflip.reversible.buffer import InformationBuffer
+from lightning_revflip.reversible.buffer import InformationBuffer, Storage
 from lightning_revflip.reversible.cells import (
     ForgetGate,
     GRUGates,
@@ -22,23 +23,35 @@ from lightning_revflip.reversible.cells import (
 from lightning_revflip.reversible.kernels.native import call
 
 
-def multiply_(buffer: InformationBuffer, state: Tensor, gate: Tensor) -> None:
-    """`buffer.multiply_` for a float gate, a multiple of 1/1024."""
-    words = gate.new_empty(gate.numel(), dtype=torch.int16)
-    count = call("multiply", gate.numel(), state, buffer.state, gate, words)
-    if count and buffer.words is not None:
-        buffer.words.push(words[:count].clone())
+class NativeBuffer(InformationBuffer):
+    """The buffer of a half; gates are float32, multiples of 1/1024."""
+
+    gate_one = 1.0
+
+    def multiply_(self, h: Tensor, gate: Tensor) -> None:
+        words = gate.new_empty(gate.numel(), dtype=torch.int16)
+        count = call("multiply", gate.numel(), self.state.numel(), h, self.state, gate, words)
+        if count and self.words is not None:
+            self.words.push(words[:count].clone())
+
+    def divide_(self, h: Tensor, gate: Tensor) -> None:
+        if self.words is None:
+            raise IndexError("this buffer dropped its words and cannot be reversed")
+        words = self.words.top(gate.numel())
+        sizes = (gate.numel(), self.state.numel())
+        count = call("divide", *sizes, h, self.state, gate, words, len(words))
+        if count < 0:
+            raise IndexError("the word stream holds fewer words than this step must take back")
+        self.words.drop(count)
 
 
-def divide_(buffer: InformationBuffer, state: Tensor, gate: Tensor) -> None:
-    """`buffer.divide_` for a float gate, a multiple of 1/1024."""
-    if buffer.words is None:
-        raise IndexError("this buffer dropped its words and cannot be reversed")
-    words = buffer.words.top(gate.numel())
-    count = call("divide", gate.numel(), state, buffer.state, gate, words, len(words))
-    if count < 0:
-        raise IndexError("the word stream holds fewer words than this step must take back")
-    buffer.words.drop(count)
+class NativeStorage(Storage):
+    """How the compiled cells keep the integers of a pass."""
+
+    lanes = 64  # fewer cannot hide the latency of a division
+
+    def buffers(self, states: list[Tensor], words: Any) -> list[InformationBuffer]:
+        return [NativeBuffer(state, words) for state in states]
 
 
 def to_float(state: Tensor, first: int, half: int, one: float) -> Tensor:
@@ -51,6 +64,8 @@ def to_float(state: Tensor, first: int, half: int, one: float) -> Tensor:
 
 class NativeGRUCell(RevGRUCell):
     """RevGRU in float32 on a CPU."""
+
+    storage = NativeStorage()
 
     def activate(self, projected: Tensor, other: Tensor, weight: Recurrent) -> GRUGates:
         rows, half, stride = len(other), self.half, projected.stride(0)
@@ -67,7 +82,7 @@ class NativeGRUCell(RevGRUCell):
 
     def forward_(self, state: Tensor, gates: GRUGates, buffer: InformationBuffer) -> None:
         gate = gates.forget.value
-        multiply_(buffer, state, gate)
+        buffer.multiply_(state, gate)
         call("gru_add", gate.numel(), gate, gates.candidate, state, self.fixed_point.one)
 
     def reverse_(
@@ -75,7 +90,7 @@ class NativeGRUCell(RevGRUCell):
     ) -> Undone:
         gate = gates.forget.value
         call("gru_add", gate.numel(), gate, gates.candidate, state, -self.fixed_point.one)
-        divide_(buffer, state, gate)
+        buffer.divide_(state, gate)
         return Undone(self.output(state, dtype))
 
     def output(self, state: Tensor, dtype: torch.dtype) -> Tensor:
@@ -106,6 +121,8 @@ class NativeGRUCell(RevGRUCell):
 class NativeLSTMCell(RevLSTMCell):
     """RevLSTM in float32 on a CPU."""
 
+    storage = NativeStorage()
+
     def activate(self, projected: Tensor, other: Tensor, weight: Recurrent) -> LSTMGates:
         rows, half = len(other), self.half
         act = weight.linear(other, 0)
@@ -119,7 +136,7 @@ class NativeLSTMCell(RevLSTMCell):
 
     def forward_(self, state: Tensor, gates: LSTMGates, buffer: InformationBuffer) -> None:
         assert gates.forget is not None
-        multiply_(buffer, state, gates.forget.value)
+        buffer.multiply_(state, gates.forget.value)
         act = gates.forget.sigmoid
         call("lstm_add", len(state), self.half, act, state, self.fixed_point.one)
 
@@ -130,7 +147,7 @@ class NativeLSTMCell(RevLSTMCell):
         rows, half, one = len(state), self.half, self.fixed_point.one
         tanh_c = gates.output.new_empty(rows, half)
         call("lstm_subtract", rows, half, gates.forget.sigmoid, state, one, tanh_c)
-        divide_(buffer, state, gates.forget.value)
+        buffer.divide_(state, gates.forget.value)
         return Undone(self.output(state, dtype), to_float(state, 0, half, one), tanh_c)
 
     def output(self, state: Tensor, dtype: torch.dtype) -> Tensor:
