@@ -183,9 +183,8 @@ class InformationBuffer:
     def _turns(self, h: Tensor, gate: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Lanes, states and gates of the units that use different lanes, as flat views."""
         lanes = self.state.view(-1)
-        parts = zip(
-            h.view(-1).split(len(lanes) or 1), gate.reshape(-1).split(len(lanes) or 1), strict=True
-        )
+        size = len(lanes) or 1
+        parts = zip(torch.split(h.view(-1), size), torch.split(gate.reshape(-1), size), strict=True)
         return [(lanes[: len(part)], part, gates) for part, gates in parts]
 
     def multiply_(self, h: Tensor, gate: Tensor) -> None:

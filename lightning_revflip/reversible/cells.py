@@ -139,11 +139,6 @@ class Cell(ABC, Generic[Gates]):
         """Rows of `weight_ih`, `weight_hh` and the biases: both halves, all gates."""
         return 2 * self.gates * self.half
 
-    @property
-    def buffered_units(self) -> int:
-        """Buffer states per sequence."""
-        return 2 * self.states * self.half if self.forgets else 0
-
     def growth(self, steps: int) -> float:
         """By how much a state can outgrow its initial magnitude within `steps` steps.
 

@@ -89,7 +89,8 @@ class Layout:
             return None
         if self._sequences.device != device:
             self.__dict__["_sequences"] = self._sequences.to(device)  # once, as it waits for a GPU
-        return PackedRows(self.batch, self._sequences[self.rows(steps)])
+        sizes = self.batch_sizes[steps.start : steps.stop]
+        return PackedRows(self.batch, self._sequences[self.rows(steps)], sizes)
 
     @cached_property
     def _sequences(self) -> Tensor:

@@ -11,7 +11,7 @@ the chunk has been reversed. Two kinds of randomness are replayed:
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -31,6 +31,16 @@ class PackedRows(NamedTuple):
     batch: int
     sequences: Tensor
     """int64, shape (rows,)."""
+    sizes: Sequence[int]
+    """Rows of each time step; those of a step belong to the first sequences."""
+
+
+def packed_rows() -> PackedRows | None:
+    """What the rows are that a module of a `ReversibleSequence` is being called with.
+
+    None unless the sequences are packed.
+    """
+    return _packed.get()
 
 
 class SequenceNoise(nn.Module, ABC):
@@ -92,7 +102,7 @@ class LockedDropout(SequenceNoise):
             )
         if not self.training or self.p == 0:
             return x
-        packed = _packed.get()
+        packed = packed_rows()
         if x.dim() == 2 and packed is not None:
             return x * self.noise(packed.batch, x.device)[packed.sequences].to(x.dtype)
         if x.dim() != 3:

@@ -332,6 +332,8 @@ class ReversibleRNNBase(nn.RNNBase):
             element_size=layer.products.dtype.itemsize,
             stored=state.words is not None,
             words=len(state.words or ()),
+            buffer_states=sum(buffer.state.numel() for buffer in state.buffers),
+            sliced_units=0 if layer.slices is None else layer.slices.units,
             chunk_rows=max(len(chunk) for chunk in schedule.chunks()),
             chunk_steps=schedule.chunk_steps,
             together=together,

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_revflip.reversible.layout import Layout
-from lightning_revflip.reversible.sequence_pass import Modules, checked_result
+from lightning_revflip.reversible.results import checked_result
+from lightning_revflip.reversible.sequence_pass import Modules
 from lightning_revflip.reversible.stack_sweep import StackPlan
 
 _STEPS = 4
@@ -191,7 +192,7 @@ def _agree(whole: Tensor, pieces: Sequence[Tensor], time_dim: int, tolerance: fl
     joined = (
         sum(pieces, torch.zeros_like(whole)) if whole.dim() == 0 else torch.cat([*pieces], time_dim)
     )
-    if not whole.is_floating_point():
+    if not whole.is_floating_point() or not whole.numel():
         return torch.equal(whole, joined)
     scale = torch.maximum(whole.abs().max(), joined.abs().max())
     # Written so that NaN passes: it is reported where it arises.

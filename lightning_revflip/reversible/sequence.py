@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from lightning_revflip.reversible.autograd import uncompiled
+from lightning_revflip.reversible.cells import Cell
 from lightning_revflip.reversible.kernels import fastest
 from lightning_revflip.reversible.layout import Layout
 from lightning_revflip.reversible.products import Products, onednn_available
@@ -30,6 +31,7 @@ from lightning_revflip.reversible.sequence_arguments import (
 )
 from lightning_revflip.reversible.sequence_autograd import ReversibleSequenceFunction
 from lightning_revflip.reversible.sequence_pass import Modules, SequencePlan, Tensors
+from lightning_revflip.reversible.slices import HiddenSlice
 from lightning_revflip.reversible.stack_sweep import Autocast, Front, StackPlan, StackSweep, same
 from lightning_revflip.reversible.sweep import SweepState
 
@@ -48,9 +50,9 @@ class ReversibleSequence(nn.Module):
     must be a sum over time steps (`reduction="sum"`, divided by a constant if you like, not by the
     length of the chunk). All gradients are then computed in the forward pass, and the read-out runs
     once; `backward()` only multiplies by the gradient of the loss. If it returns outputs, with the
-    leading dimensions of its input, they are joined, and the backward pass runs it again. It may
-    return a tuple of scalars and outputs; with a loss, which comes first, the others have no
-    gradient.
+    leading dimensions of its input, they are joined, and the backward pass runs it again; those of
+    a `HiddenSlice` are kept, in place of the bits that its units forget. It may return a tuple of
+    scalars and outputs; with a loss, which comes first, the others have no gradient.
 
     In a LightningModule, make it an attribute, so that it follows `train()` and `eval()`.
 
@@ -127,6 +129,18 @@ class ReversibleSequence(nn.Module):
         for name, module in (("read_in", read_in), ("read_out", read_out)):
             if not isinstance(module, nn.Module):
                 raise ValueError(f"{name} must be an nn.Module, got {type(module).__name__}.")
+        if isinstance(read_out, HiddenSlice):
+            hidden = rnns[-1].hidden_size
+            if read_out.units > hidden:
+                raise ValueError(
+                    f"read_out is a slice of {read_out.units} units, but the rnn has {hidden} "
+                    f"(hidden_size). Use HiddenSlice({hidden}) for all of them."
+                )
+            if segment_steps is not None:
+                raise ValueError(
+                    f"segment_steps={segment_steps!r} does not go with a HiddenSlice, which is "
+                    "kept for every step anyway. Use segment_steps=None."
+                )
         if gradients not in (None, "forward", "backward"):
             raise ValueError(f"gradients must be 'forward', 'backward' or None, got {gradients!r}.")
         self.read_in = read_in
@@ -187,8 +201,22 @@ class ReversibleSequence(nn.Module):
             in the forward pass; for truncated back-propagation pass it, detached, to the next
             call.
         """
-        packed = isinstance(inputs, PackedSequence)
-        parts: tuple[Any, ...] = (inputs,) if packed or not isinstance(inputs, tuple) else inputs
+        several = isinstance(inputs, tuple) and not isinstance(inputs, PackedSequence)
+        parts: Any = inputs if several else (inputs,)
+        result, final, _ = self.run(parts, state, *per_step, **shared)
+        return result, final
+
+    def run(
+        self, parts: tuple[Any, ...], state: Any, *per_step: Any, **shared: Any
+    ) -> tuple[Any, Any, SequencePlan]:
+        """`forward`, and the plan of the pass: for modules built on this one.
+
+        Args:
+            parts: the inputs, always as a tuple.
+            state: as `forward` takes it.
+            per_step: likewise.
+            shared: likewise.
+        """
         layout, template = layout_of(parts, self._rnns[0].batch_first)
         flat_inputs = [
             data_of(part, layout, template, f"inputs[{i}]") for i, part in enumerate(parts)
@@ -206,7 +234,7 @@ class ReversibleSequence(nn.Module):
         results = [wrapped(part, template) for part in outputs[:count]]
         finals = final_states(self._rnns, outputs[count:], template)
         result = results[0] if len(results) == 1 else tuple(results)
-        return result, finals[0] if self.single else finals
+        return result, finals[0] if self.single else finals, plan
 
     def _plan(
         self,
@@ -218,7 +246,7 @@ class ReversibleSequence(nn.Module):
     ) -> tuple[SequencePlan, Tensors]:
         """Everything that the autograd Function is told."""
         fronts = self._fronts()
-        modules = Modules(fronts, self.read_out)
+        modules = Modules(fronts, self.read_out, shared.values())
         rnns = self._rnns_of_layers()
         weights: list[Any] = [w for rnn, suffix in rnns for w in rnn.effective_weights(suffix)]
         parameters = list(modules.names.values())
@@ -239,11 +267,12 @@ class ReversibleSequence(nn.Module):
             layout=layout,
             schedule=Schedule(list(layout.batch_sizes), chunk_steps),
             segment_chunks=self._segment_chunks(layout.steps, chunk_steps),
-            cells=[fastest(rnn.cell, device, dtype) for rnn, _ in rnns],
+            cells=self._cells(device, dtype),
             products=Products(dtype, onednn_available(device, dtype), frugal=True),
             fronts=fronts,
             replay=Replay.draw(self, layout.batch, device),
             autocast=autocast,
+            sliced_units=self._sliced_units,
         )
         widths = [rnn.hidden_size for rnn, _ in rnns]
         # What the read-out returns may depend on modes and arguments.
@@ -276,6 +305,17 @@ class ReversibleSequence(nn.Module):
             on_forward=self._record,
         )
         return plan, tensors
+
+    def _cells(self, device: torch.device, dtype: torch.dtype) -> list[Cell[Any]]:
+        """The cell of each layer, in its fastest implementation."""
+        cells = [fastest(rnn.cell, device, dtype) for rnn, _ in self._rnns_of_layers()]
+        if self._sliced_units and device.type != "cpu":
+            cells[-1] = self._rnns[-1].cell  # kernels for GPUs keep no units
+        return cells
+
+    @property
+    def _sliced_units(self) -> int | None:
+        return self.read_out.units if isinstance(self.read_out, HiddenSlice) else None
 
     def _fronts(self) -> list[Front]:
         """What makes the input of each layer."""

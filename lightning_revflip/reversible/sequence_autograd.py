@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from lightning_revflip.reversible.autograd import saved_tensors
+from lightning_revflip.reversible.results import Results
 from lightning_revflip.reversible.sequence_pass import (
     MaybeTensor,
-    Results,
     SequencePass,
     SequencePlan,
     Tensors,
@@ -37,8 +37,10 @@ class ReversibleSequenceFunction(torch.autograd.Function):
         needs = Tensors.grouped(ctx.needs_input_grad[1:], plan.sizes)
         early = plan.store and plan.early
         run = SequencePass(plan, tensors, needs, differentiated=early)
-        results = Results(plan)
-        states, starts = run.run(lambda: run.forward(None if early else run.visit(results)))
+        results = Results(plan.stack.layout)
+        slices = run.stack.slices
+        visit = None if early or slices is not None else run.visit(results)
+        states, starts = run.run(lambda: run.forward(visit))
         dtype = cast(Tensor, tensors.weights[0]).dtype
         finals = [part for state in states for part in state.floats(dtype)]
         ctx.set_materialize_grads(False)
@@ -49,18 +51,26 @@ class ReversibleSequenceFunction(torch.autograd.Function):
                 results.add(steps, result)
                 return [torch.ones_like(result[0]), *[None] * (len(result) - 1)]
 
+            read_out = run.differentiated(grads_of)
             ctx.gradients = run.run(
-                lambda: run.backward(states, starts, grads_of, [None] * len(finals))
+                lambda: run.backward(states, starts, read_out, [None] * len(finals))
             )
             found = results.all()
             ctx.mark_non_differentiable(*found[1:], *finals)
             return (*found, *finals)
-        found = results.all()
+        residual = None
+        if slices is None:
+            found = results.all()
+        else:
+            kept, residual = slices.floats(dtype)
+            layout = plan.stack.layout
+            found = (layout.unflat(kept, range(layout.steps)),)
         if plan.store:
             ctx.plan, ctx.results, ctx.sums = plan, len(found), run.stack.sums
             compact = [part for state in states for part in state.compact()]
             before = [half for start in starts for half in start]
-            ctx.save_for_backward(*flat, *before, *compact)
+            own = () if slices is None else (found[0], residual)
+            ctx.save_for_backward(*flat, *before, *compact, *own)
             if plan.loss:
                 ctx.mark_non_differentiable(*found[1:])
         return (*found, *finals)
@@ -77,6 +87,9 @@ class ReversibleSequenceFunction(torch.autograd.Function):
         plan: SequencePlan = ctx.plan
         saved = saved_tensors(ctx)
         count, layers = sum(plan.sizes), len(plan.stack.cells)
+        own: tuple[Any, ...] = ()
+        if plan.stack.sliced_units is not None:
+            saved, own = saved[:-2], saved[-2:]
         flat, before, compact = (
             saved[:count],
             in_groups(saved[count : -3 * layers], layers),
@@ -101,8 +114,14 @@ class ReversibleSequenceFunction(torch.autograd.Function):
             SweepState.from_compact(cell, *parts)
             for cell, parts in zip(plan.stack.cells, compact, strict=True)
         ]
-        wanted = None if all(grad is None for grad in grad_results) else grads_of
-        return (None, *run.run(lambda: run.backward(states, before, wanted, grad_finals)))
+        if own:
+            run.stack.restore_slices(layout.flat(own[0]), own[1])
+            read_out = run.slice_gradient(grad_results[0])
+        elif all(grad is None for grad in grad_results):
+            read_out = run.no_gradient
+        else:
+            read_out = run.differentiated(grads_of)
+        return (None, *run.run(lambda: run.backward(states, before, read_out, grad_finals)))
 
 
 def _check_has_gradient(loss: Tensor) -> None:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from lightning_revflip.reversible.autograd import raise_not_finite, zero_gradients
+from lightning_revflip.reversible.results import Results, checked_result
 from lightning_revflip.reversible.stack_sweep import (
     Leaf,
     StackPlan,
@@ -53,12 +54,28 @@ class Tensors(NamedTuple):
         return cls(*([next(rest) for _ in range(size)] for size in sizes))
 
 
+@runtime_checkable
+class HoldsModules(Protocol):
+    """A shared argument of the read-out that calls modules of its own."""
+
+    @property
+    def held_modules(self) -> Sequence[nn.Module]:
+        """Those modules."""
+
+
 class Modules(nn.Module):
     """The user's modules under one roof, so that their parameters can be swapped together."""
 
-    def __init__(self, fronts: Sequence[Callable[..., Tensor]], read_out: nn.Module) -> None:
+    def __init__(
+        self,
+        fronts: Sequence[Callable[..., Tensor]],
+        read_out: nn.Module,
+        shared: Iterable[Any] = (),
+    ) -> None:
         super().__init__()
         modules = [front for front in fronts if isinstance(front, nn.Module)]
+        for argument in shared:
+            modules += argument.held_modules if isinstance(argument, HoldsModules) else ()
         for part in (part for module in [*modules, read_out] for part in module.modules()):
             if getattr(part, "sparse", False) is True:
                 raise ValueError(
@@ -183,19 +200,45 @@ class SequencePass:
             result = self.plan.read_out(hidden, *per_step, **shared, **self.plan.constants)
         return checked_result(result, layout.shape(steps), self.plan.loss)
 
-    def differentiate_read_out(
+    @staticmethod
+    def no_gradient(number: int, top: Tensor) -> None:
+        """What makes no gradient of a chunk's outputs."""
+
+    def slice_gradient(self, grad: MaybeTensor) -> Callable[[int, Tensor], MaybeTensor]:
+        """What makes a chunk's gradient from that of its slices, in the user's layout."""
+        layout = self.plan.stack.layout
+
+        def read_out(number: int, top: Tensor) -> MaybeTensor:
+            if grad is None or not grad.shape[-1]:
+                return None
+            grad_top = torch.zeros_like(top, dtype=torch.promote_types(top.dtype, torch.float32))
+            part = layout.flat(layout.cut(grad, self.stack.steps(number)))
+            grad_top[:, : part.shape[1]] = part
+            return grad_top
+
+        return read_out
+
+    def differentiated(
+        self, grads_of: Callable[[range, tuple[Tensor, ...]], Sequence[MaybeTensor]]
+    ) -> Callable[[int, Tensor], Tensor]:
+        """What makes a chunk's gradient by running the read-out again.
+
+        Args:
+            grads_of: maps time steps and what the read-out returned to its gradients.
+        """
+
+        def read_out(number: int, top: Tensor) -> Tensor:
+            return self._differentiate_read_out(number, top, grads_of)
+
+        return read_out
+
+    def _differentiate_read_out(
         self,
         number: int,
         top: Tensor,
         grads_of: Callable[[range, tuple[Tensor, ...]], Sequence[MaybeTensor]],
     ) -> Tensor:
-        """The gradient of a chunk's outputs of the top layer, by the read-out on them.
-
-        Args:
-            number: of the chunk.
-            top: (rows, hidden_size).
-            grads_of: maps time steps and what the read-out returned to its gradients.
-        """
+        """The gradient of a chunk's outputs of the top layer, (rows, hidden_size)."""
         layout = self.plan.stack.layout
         grad_top = torch.zeros_like(top, dtype=torch.promote_types(top.dtype, torch.float32))
         first = layout.rows(self.stack.steps(number)).start
@@ -258,7 +301,7 @@ class SequencePass:
         self,
         states: Sequence[SweepState],
         starts: Sequence[list[Tensor]],
-        grads_of: Callable[[range, tuple[Tensor, ...]], Sequence[MaybeTensor]] | None,
+        read_out: Callable[[int, Tensor], MaybeTensor],
         grad_finals: Sequence[MaybeTensor],
     ) -> list[MaybeTensor]:
         """Sweep back; returns the gradient of every tensor argument.
@@ -266,15 +309,12 @@ class SequencePass:
         Args:
             states: of each layer after the last step.
             starts: as `StackSweep.forward` returned them.
-            grads_of: see `differentiate_read_out`; None if no result has a gradient.
+            read_out: makes the gradient of a chunk's outputs, see `StackSweep.backward`.
             grad_finals: of each layer's final h (and c), or None.
         """
         grouped = in_groups(grad_finals, self.plan.states)
         layers = self.stack.layers
         grads = [zero_gradients(layer, g) for layer, g in zip(layers, grouped, strict=True)]
-
-        def read_out(number: int, top: Tensor) -> MaybeTensor:
-            return None if grads_of is None else self.differentiate_read_out(number, top, grads_of)
 
         self.stack.backward(states, starts, read_out, grads, self.inputs)
         weights = [part for g in grads for part in (g.weight_ih, g.weight_hh, g.bias)]
@@ -301,73 +341,6 @@ class SequencePass:
         if not isinstance(leaf, Leaf):
             return None
         return leaf.total if leaf.used or self.tables.used(leaf.tensor) else None
-
-
-class Results:
-    """What the read-out returned for parts of the steps, put together.
-
-    Scalars are summed (in float64), tensors with time steps are joined.
-    """
-
-    def __init__(self, plan: SequencePlan) -> None:
-        self._layout = plan.stack.layout
-        self._found: list[Tensor] | None = None
-        self._dtypes: list[torch.dtype] = []
-
-    def add(self, steps: range, result: Sequence[Tensor]) -> None:
-        """Add what the read-out returned for some steps."""
-        layout = self._layout
-        if self._found is None:
-            self._dtypes = [part.dtype for part in result]
-            self._found = [
-                torch.zeros_like(part, dtype=_sum_dtype(part.dtype))
-                if part.dim() == 0
-                else part.new_empty(
-                    layout.shape(range(layout.steps)) + part.shape[layout.leading :]
-                )
-                for part in result
-            ]
-        for total, part in zip(self._found, result, strict=True):
-            if part.dim() == 0:
-                total.add_(part.detach())
-            else:
-                layout.cut(total, steps).copy_(part.detach())
-
-    def all(self) -> tuple[Tensor, ...]:
-        """The results of all steps."""
-        assert self._found is not None
-        return tuple(t.to(dtype) for t, dtype in zip(self._found, self._dtypes, strict=True))
-
-
-def checked_result(result: Any, shape: tuple[int, ...], loss: bool | None) -> tuple[Tensor, ...]:
-    """What a read-out returned, as a tuple.
-
-    Args:
-        result: a tensor or a tuple of them, each a scalar or with the leading dimensions `shape`.
-        shape: batch and time dimensions of the steps that the read-out was given.
-        loss: whether the first must be a scalar; None: either.
-
-    Raises:
-        ValueError: if it is something else.
-    """
-    parts = result if isinstance(result, tuple) and result else (result,)
-    for part in parts:
-        scalar_or_steps = isinstance(part, Tensor) and (
-            part.dim() == 0 or tuple(part.shape[: len(shape)]) == shape
-        )
-        if not scalar_or_steps:
-            got = tuple(part.shape) if isinstance(part, Tensor) else type(part).__name__
-            raise ValueError(
-                "read_out must return a scalar loss, or outputs for the time steps it was given "
-                f"(leading dimensions {shape}), or a tuple of these; got {got}."
-            )
-    if loss is not None and (parts[0].dim() == 0) != loss:
-        expected = "a scalar loss" if loss else "outputs per time step"
-        raise ValueError(
-            f"read_out returned {expected} when it was first called in this way, and something "
-            "else now. Let what it returns depend on its mode and its arguments only."
-        )
-    return tuple(parts)
 
 
 def _leaves(
@@ -397,7 +370,3 @@ def _zeros(tensors: Sequence[MaybeTensor], needs: Sequence[Any]) -> list[MaybeTe
 def in_groups(items: Sequence[Any], size: int) -> list[list[Any]]:
     """Consecutive groups of the same size."""
     return [list(items[i : i + size]) for i in range(0, len(items), size)]
-
-
-def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype.is_floating_point else dtype

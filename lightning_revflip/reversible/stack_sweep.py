@@ -25,6 +25,7 @@ from lightning_revflip.reversible.layout import Layout
 from lightning_revflip.reversible.products import Products
 from lightning_revflip.reversible.replay import Replay
 from lightning_revflip.reversible.schedule import Schedule
+from lightning_revflip.reversible.slices import Slices
 from lightning_revflip.reversible.sweep import (
     Gradients,
     HalfStep,
@@ -70,6 +71,8 @@ class StackPlan:
     fronts: Sequence[Front]
     replay: Replay
     autocast: Autocast
+    sliced_units: int | None = None
+    """Units of the top layer that are kept and returned; None for a read-out of any kind."""
 
 
 @dataclass
@@ -169,6 +172,11 @@ class StackSweep:
             for cell, tensors in zip(plan.cells, weights, strict=True)
         ]
         self._device = self.layers[0].weight_hh.device
+        self.slices: Slices | None = None
+        if plan.sliced_units is not None:
+            sizes = plan.layout.batch_sizes
+            self.slices = Slices(plan.cells[-1], plan.sliced_units, sizes, self._device)
+            self.layers[-1].slices = self.slices
         self.chunks = plan.schedule.chunks()
         shape = (len(self.layers), len(self.chunks))
         self.sums = torch.zeros(shape, dtype=torch.float64, device=self._device)
@@ -256,6 +264,11 @@ class StackSweep:
         return [self.plan.layout.cut(tensor, self.steps(number)) for tensor in tensors]
 
     # --- backward ----------------------------------------------------------------------------
+
+    def restore_slices(self, floats: Tensor, residual: Tensor | None) -> None:
+        """Take back what `Slices.floats` returned after the forward sweep."""
+        assert self.slices is not None
+        self.slices.restore(floats, residual, self._initial_states(False)[-1].halves)
 
     def backward(
         self,

@@ -15,6 +15,7 @@ from lightning_revflip.reversible.buffer import GATE_ONE, InformationBuffer, Wor
 from lightning_revflip.reversible.cells import Cell, Undone
 from lightning_revflip.reversible.products import Products
 from lightning_revflip.reversible.schedule import Chunk, Schedule
+from lightning_revflip.reversible.slices import Slices
 
 
 class ReversalError(RuntimeError):
@@ -201,6 +202,7 @@ class LayerSweep:
         weight_ih: (gate_rows, input_size), like all weights in the dtype of `products`.
         weight_hh: (gate_rows, half).
         bias: (gate_rows,) or None.
+        slices: units that are kept instead of what they forget, or None.
     """
 
     cell: Cell[Any]
@@ -209,6 +211,7 @@ class LayerSweep:
     weight_ih: Tensor
     weight_hh: Tensor
     bias: Tensor | None
+    slices: Slices | None = None
     gate_counts: Tensor = field(init=False)
     """How often each forget gate k/1024 occurred, shape (1025,), int64."""
 
@@ -233,6 +236,11 @@ class LayerSweep:
         """Both halves' share of weight_ih x + bias, views of shape (chunk rows, gates * half)."""
         return self.products.linear(x, self.weight_ih, self.dtype, self.bias).chunk(2, dim=1)
 
+    def _buffer(self, state: SweepState, half: int, first: int) -> InformationBuffer:
+        """The buffer of a half for the step whose rows begin with `first`."""
+        buffer = state.buffers[half]
+        return buffer if self.slices is None else self.slices.buffer(buffer, first, half)
+
     def forward_chunk(self, chunk: Chunk, x: Tensor, state: SweepState, out: Tensor) -> None:
         """Advance `state` over a chunk.
 
@@ -253,10 +261,15 @@ class LayerSweep:
                 other = outputs[1 - half][:rows]
                 gates = cell.activate(projected[half][step], other, self._hh[half])
                 alive = state.halves[half][:rows]
-                new_h = cell.advance(alive, gates, state.buffers[half], self.dtype)
+                buffer = self._buffer(state, half, chunk.start + step.start)
+                new_h = cell.advance(alive, gates, buffer, self.dtype)
+                if self.slices is not None:
+                    self.slices.keep(chunk.start + step.start, half, alive)
                 outputs[half] = _replace_rows(outputs[half], new_h)
                 out[step, half * cell.half : (half + 1) * cell.half] = outputs[half][:rows]
                 integer = cell.forget_gates(gates)
+                if integer is not None and self.slices is not None:
+                    integer = self.slices.forgetting(integer, half)
                 if integer is not None:
                     forget_gates.append(integer.to(torch.int16).view(-1))
         if forget_gates:
@@ -314,7 +327,8 @@ class LayerSweep:
                 other = outputs[1 - half][:rows]
                 gates = cell.activate(projected[half][step], other, self._hh[half])
                 alive = state.halves[half][:rows]
-                undone = cell.reverse_(alive, gates, state.buffers[half], self.dtype)
+                buffer = self._buffer(state, half, chunk.start + step.start)
+                undone = cell.reverse_(alive, gates, buffer, self.dtype)
                 outputs[half] = _replace_rows(outputs[half], undone.h)
                 pair[half] = HalfStep(gates, undone, other)
             steps.append((pair[0], pair[1]))

@@ -1,0 +1,425 @@
+"""`RevEncoder` and `RevDecoder`: sequence-to-sequence models with attention, reversibly.
+
+Attention keeps every encoder state alive, so a reversible encoder alone saves nothing. It saves
+once attention sees a small part of each source step (MacKay et al., 2018, section 5.2,
+arXiv 1810.10999): the first k units of the state, which are kept as floats and then need no
+information buffer; or the source embedding, which is looked up again; or both.
+
+The encoder returns a `SourceContext`. The decoder runs embedding, recurrence, attention and
+generator in one reversible pass, a few target steps at a time; each time it rebuilds the context of
+the source from the kept units and the embeddings, and adds up the gradients of both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+
+from lightning_revflip.reversible.attention import ContextSpec, LuongAttention
+from lightning_revflip.reversible.cross_entropy import LinearCrossEntropy
+from lightning_revflip.reversible.replay import packed_rows
+from lightning_revflip.reversible.rnn_base import ReversibleRNNBase
+from lightning_revflip.reversible.sequence import ReversibleSequence
+from lightning_revflip.reversible.slices import HiddenSlice
+from lightning_revflip.reversible.stack_sweep import StackPlan
+
+Lengths = Sequence[int] | Tensor
+"""Steps of each sequence of a batch."""
+
+
+@dataclass(frozen=True)
+class PaddedContext:
+    """What a decoder attends to, in memory: for decoding step by step.
+
+    Args:
+        context: (batch, source steps, D).
+        mask: bool, (batch, source steps), which steps are real.
+    """
+
+    context: Tensor
+    mask: Tensor
+
+    def padded(self, slices: Tensor, order: Tensor | None, count: int) -> tuple[Tensor, Tensor]:
+        """As that of a `SourceContext`; `slices` is the context, or stands for it."""
+        context, mask = slices, self.mask
+        if order is not None:
+            context, mask = context.index_select(0, order[:count]), mask[order[:count]]
+        return context[:count], mask[:count]
+
+    def select(self, rows: Tensor) -> PaddedContext:
+        """The context of some sequences, (rows,) int64; a sequence may occur more than once."""
+        return PaddedContext(self.context.index_select(0, rows), self.mask[rows])
+
+    @property
+    def size(self) -> int:
+        """D."""
+        return self.context.shape[-1]
+
+    @property
+    def slices(self) -> Tensor:
+        """What gradients flow through: all of the context."""
+        return self.context
+
+
+@dataclass(frozen=True)
+class SourceContext:
+    """What a `RevEncoder` returns for attention: kept units, and how to make the rest again.
+
+    Args:
+        slices: the kept units after every step, (rows, k), step after step as in a PackedSequence;
+            gradients flow through it into the encoder.
+        index: int64, (batch, source steps), the row of each step; 0 for padding.
+        mask: bool, of the same shape, which steps are real.
+        plan: of the encoder's pass.
+        tokens: the source, (rows,).
+        embedding: whether the context begins with the embeddings.
+        size: D, features of a step.
+    """
+
+    slices: Tensor
+    index: Tensor
+    mask: Tensor
+    plan: StackPlan
+    tokens: Tensor
+    embedding: bool
+    size: int
+
+    @property
+    def held_modules(self) -> list[nn.Module]:
+        """The encoder's embedding, if it is called again."""
+        front = self.plan.fronts[0]
+        return [front] if self.embedding and isinstance(front, nn.Module) else []
+
+    def padded(self, slices: Tensor, order: Tensor | None, count: int) -> tuple[Tensor, Tensor]:
+        """Context and mask of some sequences.
+
+        Args:
+            slices: `self.slices`, or a tensor in its place by which to differentiate.
+            order: int64, (batch,), of the sequences; None: as the encoder got them.
+            count: how many of them, from the first.
+
+        Returns:
+            (count, source steps, D), and bool, (count, source steps).
+        """
+        index, mask = self.index, self.mask
+        if order is not None:
+            index, mask = index[order], mask[order]
+        index, mask = index[:count], mask[:count]
+        rows = torch.cat([self._embedded(), slices], dim=1) if self.embedding else slices
+        return rows.index_select(0, index.flatten()).view(*index.shape, -1), mask
+
+    def _embedded(self) -> Tensor:
+        """What the encoder's embedding returned for all steps, made again: (rows, features)."""
+        plan = self.plan
+        size = plan.schedule.chunk_steps
+        parts = []
+        with plan.replay.running():
+            for number, first in enumerate(range(0, plan.layout.steps, size)):
+                steps = range(first, min(first + size, plan.layout.steps))
+                packed = plan.layout.packed_rows(steps, self.tokens.device)
+                with plan.replay.at(number, 0, packed=packed), plan.autocast.restored():
+                    parts.append(plan.fronts[0](plan.layout.cut(self.tokens, steps)))
+        return torch.cat(parts)
+
+    def in_memory(self) -> PaddedContext:
+        """The context of the whole batch, for decoding step by step."""
+        return PaddedContext(*self.padded(self.slices, None, len(self.index)))
+
+
+class RevEncoder(nn.Module):
+    """Encoder that keeps of its states what attention sees, and else only what was forgotten.
+
+    Sequences may have different lengths: steps behind the end of a sequence are not visited, so
+    that the final state is that after its last real step.
+
+    Args:
+        embedding: called with source tokens, returns the input of the recurrent layer; for example
+            `nn.Sequential(nn.Embedding(...), nn.Dropout(...))`.
+        rnn: a RevGRU or RevLSTM of one or more layers, not bidirectional.
+        context: what attention sees of each step: `hidden` (all units of the top layer), `slice:k`
+            (the first k), `embedding` (what `embedding` returned, dropout included), or
+            `embedding+slice:k`.
+        chunk_steps: time steps in a chunk; None: as many as fit `memory_budget`.
+        memory_budget: bytes, see `ReversibleSequence`.
+
+    Raises:
+        ValueError: for another context, and for what a ReversibleSequence does not accept; when
+            called, for lengths that do not fit.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from lightning_revflip.reversible import RevLSTM
+        >>> encoder = RevEncoder(nn.Embedding(50, 8), RevLSTM(8, 16), "embedding+slice:4")
+        >>> source, state = encoder(torch.randint(50, (7, 3)), lengths=[7, 2, 5])
+        >>> source.size, state[0].shape
+        (12, torch.Size([1, 3, 16]))
+    """
+
+    def __init__(
+        self,
+        embedding: nn.Module,
+        rnn: ReversibleRNNBase,
+        context: str = "hidden",
+        *,
+        chunk_steps: int | None = None,
+        memory_budget: int = 8_000_000,
+    ) -> None:
+        super().__init__()
+        self.context = ContextSpec.parse(context)
+        self.sequence = ReversibleSequence(
+            embedding,
+            rnn,
+            HiddenSlice(self.context.hidden_units(rnn.hidden_size)),
+            chunk_steps=chunk_steps,
+            memory_budget=memory_budget,
+        )
+
+    @property
+    def rnn(self) -> ReversibleRNNBase:
+        """The recurrent layer."""
+        rnn: Any = self.sequence.rnns[0]
+        return rnn  # type: ignore[no-any-return]
+
+    @property
+    def context_size(self) -> int:
+        """D, features of the context of a source step."""
+        return self.context.size(self.rnn.input_size, self.rnn.hidden_size)
+
+    def forward(
+        self, tokens: Tensor, lengths: Lengths | None = None, state: Any = None
+    ) -> tuple[SourceContext, Any]:
+        """Read a batch of source sequences.
+
+        Args:
+            tokens: (source steps, batch), or (batch, source steps) if the rnn is `batch_first`.
+            lengths: of each sequence, in any order, at least 1; None: all have all steps.
+            state: initial state as the rnn takes it; None for zero.
+
+        Returns:
+            What to attend to, and the final state, with gradients.
+        """
+        packed = packed_steps(tokens, lengths, self.rnn.batch_first)
+        kept, final, plan = self.sequence.run((packed,), state)
+        layout, device = plan.stack.layout, packed.data.device
+        place = packed.unsorted_indices
+        if place is None:
+            place = torch.arange(layout.batch, device=device)
+        sizes = torch.tensor(layout.batch_sizes, device=device)
+        mask = place.unsqueeze(1) < sizes
+        index = (place.unsqueeze(1) + sizes.cumsum(0) - sizes).masked_fill_(~mask, 0)
+        embedding = self.context.embedding
+        source = SourceContext(
+            kept.data, index, mask, plan.stack, packed.data, embedding, self.context_size
+        )
+        return source, final
+
+
+class RevDecoder(nn.Module):
+    """Decoder with attention and generator inside the reversible pass.
+
+    With targets it returns the summed loss of all target tokens: their gradients are computed in
+    the forward pass, see `ReversibleSequence`. Without, it returns logits.
+
+    Args:
+        embedding: called with target tokens, returns the input of the recurrent layer.
+        rnn: a RevGRU or RevLSTM of one or more layers, not bidirectional.
+        attention: called as `LuongAttention` is.
+        generator: makes the summed loss from attentional states and targets, and logits by its
+            method `logits`.
+        dropout: between attention and generator; None: nothing.
+        chunk_steps: time steps in a chunk; None: as many as fit `memory_budget`.
+        read_out_steps: time steps that attention and generator get at a time; None: as many as keep
+            the logits below a quarter of `memory_budget`.
+        memory_budget: bytes.
+
+    Raises:
+        ValueError: for what a ReversibleSequence does not accept; when called, for lengths that do
+            not fit, and a source whose context has another size than the attention takes.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from lightning_revflip.reversible import LinearCrossEntropy, RevLSTM
+        >>> encoder = RevEncoder(nn.Embedding(50, 8), RevLSTM(8, 16), "slice:4")
+        >>> decoder = RevDecoder(
+        ...     nn.Embedding(60, 8),
+        ...     RevLSTM(8, 16),
+        ...     LuongAttention(16, encoder.context_size),
+        ...     LinearCrossEntropy(16, 60),
+        ... )
+        >>> source, state = encoder(torch.randint(50, (7, 3)), lengths=[7, 2, 5])
+        >>> target = torch.randint(60, (9, 3))
+        >>> loss, state = decoder(target[:-1], target[1:], source, state, lengths=[8, 3, 3])
+        >>> loss.backward()
+    """
+
+    def __init__(
+        self,
+        embedding: nn.Module,
+        rnn: ReversibleRNNBase,
+        attention: LuongAttention,
+        generator: LinearCrossEntropy,
+        *,
+        dropout: nn.Module | None = None,
+        chunk_steps: int | None = None,
+        read_out_steps: int | None = None,
+        memory_budget: int = 8_000_000,
+    ) -> None:
+        super().__init__()
+        self.sequence = ReversibleSequence(
+            embedding,
+            rnn,
+            _AttentiveReadOut(attention, dropout or nn.Identity(), generator),
+            chunk_steps=chunk_steps,
+            read_out_steps=read_out_steps,
+            memory_budget=memory_budget,
+        )
+        self.read_out_steps = read_out_steps
+        self.memory_budget = memory_budget
+
+    @property
+    def rnn(self) -> ReversibleRNNBase:
+        """The recurrent layer."""
+        rnn: Any = self.sequence.rnns[0]
+        return rnn  # type: ignore[no-any-return]
+
+    @property
+    def read_out(self) -> _AttentiveReadOut:
+        """Attention, dropout and generator."""
+        read_out: Any = self.sequence.read_out
+        return read_out  # type: ignore[no-any-return]
+
+    def forward(
+        self,
+        tokens: Tensor,
+        targets: Tensor | None,
+        source: SourceContext | PaddedContext,
+        state: Any = None,
+        lengths: Lengths | None = None,
+    ) -> tuple[Tensor, Any]:
+        """Run over a batch of target sequences.
+
+        Args:
+            tokens: of each step, (target steps, batch), or (batch, target steps) if the rnn is
+                `batch_first`.
+            targets: the token to predict at each step, of the same shape; None for logits.
+            source: what the encoder returned, or its `in_memory()`.
+            state: initial state, usually the encoder's final state.
+            lengths: of each target sequence, in any order, at least 1; None: all have all steps.
+
+        Returns:
+            The summed loss, a scalar; or logits in the layout of `tokens`, (..., V), 0 behind the
+            end of a sequence. Then the final state.
+        """
+        attention = self.read_out.attention
+        if source.size != attention.context_size:
+            raise ValueError(
+                f"the source has a context of {source.size} features, the attention takes "
+                f"{attention.context_size}. Use LuongAttention(hidden_size, encoder.context_size)."
+            )
+        batch_first = self.rnn.batch_first
+        packed = packed_steps(tokens, lengths, batch_first)
+        sequences = len(source.mask)
+        if int(packed.batch_sizes[0]) != sequences:
+            raise ValueError(
+                f"the source has {sequences} sequences, the target {int(packed.batch_sizes[0])}. "
+                "Give one target for each source."
+            )
+        per_step = None if targets is None else packed_steps(targets, lengths, batch_first)
+        self.sequence.read_out_steps = self.chosen_read_out_steps(sequences)
+        result, final, _ = self.sequence.run(
+            (packed,),
+            state,
+            per_step,
+            slices=source.slices,
+            source=source,
+            order=packed.sorted_indices,
+        )
+        if targets is None:
+            steps = tokens.shape[int(batch_first)]
+            result, _ = pad_packed_sequence(result, batch_first, total_length=steps)
+        return result, final
+
+    def chosen_read_out_steps(self, batch: int) -> int:
+        """Time steps that the read-out gets at a time, for a batch of that size."""
+        if self.read_out_steps is not None:
+            return self.read_out_steps
+        classes = self.read_out.generator.out_features
+        return max(1, self.memory_budget // (16 * classes * max(1, batch)))
+
+
+class _AttentiveReadOut(nn.Module):
+    """Attention, dropout and generator on the packed rows of some target steps."""
+
+    def __init__(
+        self, attention: LuongAttention, dropout: nn.Module, generator: LinearCrossEntropy
+    ) -> None:
+        super().__init__()
+        self.attention = attention
+        self.dropout = dropout
+        self.generator = generator
+
+    def forward(
+        self,
+        hidden: Tensor,
+        targets: Tensor | None,
+        *,
+        slices: Tensor,
+        source: SourceContext | PaddedContext,
+        order: Tensor | None,
+    ) -> Tensor:
+        """The summed loss, or logits (rows, V), of h after some steps, (rows, hidden_size)."""
+        rows = packed_rows()
+        assert rows is not None
+        count = rows.sizes[0]
+        context, mask = source.padded(slices, order, count)
+        steps = len(rows.sizes)
+        ragged = rows.sizes[-1] < count
+        if ragged:
+            starts = torch.tensor(rows.sizes, device=hidden.device).cumsum(0)
+            step = torch.bucketize(
+                torch.arange(len(hidden), device=hidden.device), starts, right=True
+            )
+            place = step * count + rows.sequences
+            full = hidden.new_zeros(steps * count, hidden.shape[1]).index_copy(0, place, hidden)
+        else:
+            full = hidden
+        attended, _ = self.attention(full.view(steps, count, -1), context, mask)
+        attended = attended.reshape(steps * count, -1)
+        if ragged:
+            attended = attended.index_select(0, place)
+        attended = self.dropout(attended)
+        if targets is None:
+            return self.generator.logits(attended)
+        loss: Tensor = self.generator(attended, targets)
+        return loss
+
+
+def packed_steps(tokens: Tensor, lengths: Lengths | None, batch_first: bool) -> PackedSequence:
+    """Steps of a batch of sequences without padding.
+
+    Args:
+        tokens: (steps, batch) or (batch, steps), by `batch_first`.
+        lengths: of each sequence; None: all have all steps.
+        batch_first: which of the two.
+
+    Raises:
+        ValueError: for tokens of another dimension, or lengths that do not fit them.
+    """
+    if tokens.dim() != 2:
+        order = "(batch, steps)" if batch_first else "(steps, batch)"
+        raise ValueError(f"tokens must have shape {order}, got {tuple(tokens.shape)}.")
+    batch, steps = tokens.shape if batch_first else tokens.shape[::-1]
+    known = torch.full((batch,), steps) if lengths is None else torch.as_tensor(lengths).cpu()
+    if tuple(known.shape) != (batch,) or not batch or known.min() < 1 or known.max() > steps:
+        raise ValueError(
+            f"lengths must be {batch} numbers from 1 to {steps}, one per sequence of tokens of "
+            f"shape {tuple(tokens.shape)} (batch_first={batch_first}), got {known.tolist()}."
+        )
+    return pack_padded_sequence(tokens, known, batch_first, enforce_sorted=False)
