@@ -74,7 +74,7 @@ class Layout:
             return tensor.contiguous()
         if self.batch_first:
             tensor = tensor.transpose(0, 1)
-        return tensor.reshape(-1, tensor.shape[-1]).contiguous()
+        return tensor.flatten(0, 1).contiguous()
 
     def unflat(self, rows: Tensor, steps: range) -> Tensor:
         """The inverse of `flat`, as a view."""

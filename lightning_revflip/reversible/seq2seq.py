@@ -7,11 +7,13 @@ information buffer; or the source embedding, which is looked up again; or both.
 
 The encoder returns a `SourceContext`. The decoder runs embedding, recurrence, attention and
 generator in one reversible pass, a few target steps at a time; each time it rebuilds the context of
-the source from the kept units and the embeddings, and adds up the gradients of both.
+the source from the kept units and the embeddings. It adds up the gradients of both, which the
+encoder's backward pass then takes along.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +27,7 @@ from lightning_revflip.reversible.cross_entropy import LinearCrossEntropy
 from lightning_revflip.reversible.replay import packed_rows
 from lightning_revflip.reversible.rnn_base import ReversibleRNNBase
 from lightning_revflip.reversible.sequence import ReversibleSequence
+from lightning_revflip.reversible.sequence_arguments import check_rnns
 from lightning_revflip.reversible.slices import HiddenSlice
 from lightning_revflip.reversible.stack_sweep import StackPlan
 
@@ -44,7 +47,9 @@ class PaddedContext:
     context: Tensor
     mask: Tensor
 
-    def padded(self, slices: Tensor, order: Tensor | None, count: int) -> tuple[Tensor, Tensor]:
+    def padded(
+        self, slices: Tensor, embedded: None, order: Tensor | None, count: int
+    ) -> tuple[Tensor, Tensor]:
         """As that of a `SourceContext`; `slices` is the context, or stands for it."""
         context, mask = slices, self.mask
         if order is not None:
@@ -65,41 +70,45 @@ class PaddedContext:
         """What gradients flow through: all of the context."""
         return self.context
 
+    @property
+    def embedded(self) -> None:
+        """None: it is part of the context already."""
+
 
 @dataclass(frozen=True)
 class SourceContext:
     """What a `RevEncoder` returns for attention: kept units, and how to make the rest again.
 
     Args:
-        slices: the kept units after every step, (rows, k), step after step as in a PackedSequence;
-            gradients flow through it into the encoder.
+        slices: the kept units after every step, (rows, k), step after step as in a PackedSequence.
+        embedded: stands for what the embedding returned, (rows, features), see `stand_in`; None
+            if the context is without it. Gradients flow through both into the encoder.
         index: int64, (batch, source steps), the row of each step; 0 for padding.
         mask: bool, of the same shape, which steps are real.
         plan: of the encoder's pass.
         tokens: the source, (rows,).
-        embedding: whether the context begins with the embeddings.
-        size: D, features of a step.
     """
 
     slices: Tensor
+    embedded: Tensor | None
     index: Tensor
     mask: Tensor
     plan: StackPlan
     tokens: Tensor
-    embedding: bool
-    size: int
 
     @property
-    def held_modules(self) -> list[nn.Module]:
-        """The encoder's embedding, if it is called again."""
-        front = self.plan.fronts[0]
-        return [front] if self.embedding and isinstance(front, nn.Module) else []
+    def size(self) -> int:
+        """D, features of a step."""
+        return self.slices.shape[1] + (0 if self.embedded is None else self.embedded.shape[1])
 
-    def padded(self, slices: Tensor, order: Tensor | None, count: int) -> tuple[Tensor, Tensor]:
+    def padded(
+        self, slices: Tensor, embedded: Tensor | None, order: Tensor | None, count: int
+    ) -> tuple[Tensor, Tensor]:
         """Context and mask of some sequences.
 
         Args:
             slices: `self.slices`, or a tensor in its place by which to differentiate.
+            embedded: likewise of `self.embedded`.
             order: int64, (batch,), of the sequences; None: as the encoder got them.
             count: how many of them, from the first.
 
@@ -110,11 +119,14 @@ class SourceContext:
         if order is not None:
             index, mask = index[order], mask[order]
         index, mask = index[:count], mask[:count]
-        rows = torch.cat([self._embedded(), slices], dim=1) if self.embedding else slices
+        rows = slices
+        if embedded is not None:
+            rows = torch.cat([self._embed_again() + embedded, slices], dim=1)
         return rows.index_select(0, index.flatten()).view(*index.shape, -1), mask
 
-    def _embedded(self) -> Tensor:
-        """What the encoder's embedding returned for all steps, made again: (rows, features)."""
+    @torch.no_grad()
+    def _embed_again(self) -> Tensor:
+        """What the encoder's embedding returned for all steps: (rows, features)."""
         plan = self.plan
         size = plan.schedule.chunk_steps
         parts = []
@@ -128,7 +140,8 @@ class SourceContext:
 
     def in_memory(self) -> PaddedContext:
         """The context of the whole batch, for decoding step by step."""
-        return PaddedContext(*self.padded(self.slices, None, len(self.index)))
+        everything = self.padded(self.slices, self.embedded, None, len(self.index))
+        return PaddedContext(*everything)
 
 
 class RevEncoder(nn.Module):
@@ -171,11 +184,14 @@ class RevEncoder(nn.Module):
         memory_budget: int = 8_000_000,
     ) -> None:
         super().__init__()
+        check_rnns([rnn])
         self.context = ContextSpec.parse(context)
+        kept = HiddenSlice(self.context.hidden_units(rnn.hidden_size))
+        kept.with_inputs = self.context.embedding
         self.sequence = ReversibleSequence(
             embedding,
             rnn,
-            HiddenSlice(self.context.hidden_units(rnn.hidden_size)),
+            kept,
             chunk_steps=chunk_steps,
             memory_budget=memory_budget,
         )
@@ -205,7 +221,8 @@ class RevEncoder(nn.Module):
             What to attend to, and the final state, with gradients.
         """
         packed = packed_steps(tokens, lengths, self.rnn.batch_first)
-        kept, final, plan = self.sequence.run((packed,), state)
+        result, final, plan = self.sequence.run((packed,), state)
+        kept, embedded = result if self.context.embedding else (result, None)
         layout, device = plan.stack.layout, packed.data.device
         place = packed.unsorted_indices
         if place is None:
@@ -213,10 +230,8 @@ class RevEncoder(nn.Module):
         sizes = torch.tensor(layout.batch_sizes, device=device)
         mask = place.unsqueeze(1) < sizes
         index = (place.unsqueeze(1) + sizes.cumsum(0) - sizes).masked_fill_(~mask, 0)
-        embedding = self.context.embedding
-        source = SourceContext(
-            kept.data, index, mask, plan.stack, packed.data, embedding, self.context_size
-        )
+        rows = None if embedded is None else embedded.data
+        source = SourceContext(kept.data, rows, index, mask, plan.stack, packed.data)
         return source, final
 
 
@@ -234,9 +249,10 @@ class RevDecoder(nn.Module):
             method `logits`.
         dropout: between attention and generator; None: nothing.
         chunk_steps: time steps in a chunk; None: as many as fit `memory_budget`.
-        read_out_steps: time steps that attention and generator get at a time; None: as many as keep
-            the logits below a quarter of `memory_budget`.
-        memory_budget: bytes.
+        read_out_steps: time steps that attention and generator get at a time; None: a chunk, or
+            equal parts of it, with logits of at most twice the `memory_budget`. (Gradients of the
+            encoder do not exist yet while the decoder runs, so this is seldom the peak.)
+        memory_budget: bytes, see `ReversibleSequence`.
 
     Raises:
         ValueError: for what a ReversibleSequence does not accept; when called, for lengths that do
@@ -272,6 +288,7 @@ class RevDecoder(nn.Module):
         memory_budget: int = 8_000_000,
     ) -> None:
         super().__init__()
+        check_rnns([rnn])
         self.sequence = ReversibleSequence(
             embedding,
             rnn,
@@ -323,6 +340,11 @@ class RevDecoder(nn.Module):
                 f"the source has a context of {source.size} features, the attention takes "
                 f"{attention.context_size}. Use LuongAttention(hidden_size, encoder.context_size)."
             )
+        if targets is not None and targets.shape != tokens.shape:
+            raise ValueError(
+                f"targets must have the shape of tokens, {tuple(tokens.shape)}, the next token for "
+                f"each, got {tuple(targets.shape)}."
+            )
         batch_first = self.rnn.batch_first
         packed = packed_steps(tokens, lengths, batch_first)
         sequences = len(source.mask)
@@ -338,6 +360,7 @@ class RevDecoder(nn.Module):
             state,
             per_step,
             slices=source.slices,
+            embedded=source.embedded,
             source=source,
             order=packed.sorted_indices,
         )
@@ -350,8 +373,10 @@ class RevDecoder(nn.Module):
         """Time steps that the read-out gets at a time, for a batch of that size."""
         if self.read_out_steps is not None:
             return self.read_out_steps
-        classes = self.read_out.generator.out_features
-        return max(1, self.memory_budget // (16 * classes * max(1, batch)))
+        logits = 4 * self.read_out.generator.out_features * max(1, batch)
+        most = max(1, 2 * self.memory_budget // logits)
+        chunk = self.sequence.chosen_chunk_steps(batch)
+        return math.ceil(chunk / math.ceil(chunk / most))
 
 
 class _AttentiveReadOut(nn.Module):
@@ -371,6 +396,7 @@ class _AttentiveReadOut(nn.Module):
         targets: Tensor | None,
         *,
         slices: Tensor,
+        embedded: Any,
         source: SourceContext | PaddedContext,
         order: Tensor | None,
     ) -> Tensor:
@@ -378,14 +404,11 @@ class _AttentiveReadOut(nn.Module):
         rows = packed_rows()
         assert rows is not None
         count = rows.sizes[0]
-        context, mask = source.padded(slices, order, count)
+        context, mask = source.padded(slices, embedded, order, count)
         steps = len(rows.sizes)
         ragged = rows.sizes[-1] < count
         if ragged:
-            starts = torch.tensor(rows.sizes, device=hidden.device).cumsum(0)
-            step = torch.bucketize(
-                torch.arange(len(hidden), device=hidden.device), starts, right=True
-            )
+            step = (rows.sequences == 0).cumsum(0) - 1  # each begins with the first sequence
             place = step * count + rows.sequences
             full = hidden.new_zeros(steps * count, hidden.shape[1]).index_copy(0, place, hidden)
         else:

@@ -246,7 +246,7 @@ class ReversibleSequence(nn.Module):
     ) -> tuple[SequencePlan, Tensors]:
         """Everything that the autograd Function is told."""
         fronts = self._fronts()
-        modules = Modules(fronts, self.read_out, shared.values())
+        modules = Modules(fronts, self.read_out)
         rnns = self._rnns_of_layers()
         weights: list[Any] = [w for rnn, suffix in rnns for w in rnn.effective_weights(suffix)]
         parameters = list(modules.names.values())

@@ -8,6 +8,7 @@ in the forward sweep, and again in the backward pass.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -22,6 +23,7 @@ from lightning_revflip.reversible.sequence_pass import (
     Tensors,
     in_groups,
 )
+from lightning_revflip.reversible.slices import stand_in
 from lightning_revflip.reversible.sweep import SweepState
 
 
@@ -65,6 +67,9 @@ class ReversibleSequenceFunction(torch.autograd.Function):
             kept, residual = slices.floats(dtype)
             layout = plan.stack.layout
             found = (layout.unflat(kept, range(layout.steps)),)
+            if plan.read_out.with_inputs:
+                features = run.stack.layers[0].weight_ih.shape[1]
+                found += (stand_in((*found[0].shape[:-1], features), found[0]),)
         if plan.store:
             ctx.plan, ctx.results, ctx.sums = plan, len(found), run.stack.sums
             compact = [part for state in states for part in state.compact()]
@@ -114,14 +119,18 @@ class ReversibleSequenceFunction(torch.autograd.Function):
             SweepState.from_compact(cell, *parts)
             for cell, parts in zip(plan.stack.cells, compact, strict=True)
         ]
+        grad_front = None
         if own:
             run.stack.restore_slices(layout.flat(own[0]), own[1])
             read_out = run.slice_gradient(grad_results[0])
+            if len(grad_results) > 1 and grad_results[1] is not None:
+                grad_front = layout.flat(grad_results[1])
         elif all(grad is None for grad in grad_results):
             read_out = run.no_gradient
         else:
             read_out = run.differentiated(grads_of)
-        return (None, *run.run(lambda: run.backward(states, before, read_out, grad_finals)))
+        sweep = partial(run.backward, states, before, read_out, grad_finals, grad_front)
+        return (None, *run.run(sweep))
 
 
 def _check_has_gradient(loss: Tensor) -> None:

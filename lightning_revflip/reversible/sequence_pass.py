@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -54,28 +54,12 @@ class Tensors(NamedTuple):
         return cls(*([next(rest) for _ in range(size)] for size in sizes))
 
 
-@runtime_checkable
-class HoldsModules(Protocol):
-    """A shared argument of the read-out that calls modules of its own."""
-
-    @property
-    def held_modules(self) -> Sequence[nn.Module]:
-        """Those modules."""
-
-
 class Modules(nn.Module):
     """The user's modules under one roof, so that their parameters can be swapped together."""
 
-    def __init__(
-        self,
-        fronts: Sequence[Callable[..., Tensor]],
-        read_out: nn.Module,
-        shared: Iterable[Any] = (),
-    ) -> None:
+    def __init__(self, fronts: Sequence[Callable[..., Tensor]], read_out: nn.Module) -> None:
         super().__init__()
         modules = [front for front in fronts if isinstance(front, nn.Module)]
-        for argument in shared:
-            modules += argument.held_modules if isinstance(argument, HoldsModules) else ()
         for part in (part for module in [*modules, read_out] for part in module.modules()):
             if getattr(part, "sparse", False) is True:
                 raise ValueError(
@@ -84,6 +68,14 @@ class Modules(nn.Module):
                 )
         self.parts = nn.ModuleList([*modules, read_out])
         self.names = dict(self.named_parameters())
+        # By place, for `torch.func.functional_call` may be over before the backward pass begins.
+        numbers = {id(parameter): number for number, parameter in enumerate(self.names.values())}
+        self._slots = [
+            (module._parameters, name, numbers[id(parameter)])
+            for module in self.modules()
+            for name, parameter in module._parameters.items()
+            if parameter is not None
+        ]
 
     @contextmanager
     def holding(self, values: Sequence[MaybeTensor]) -> Iterator[None]:
@@ -91,19 +83,13 @@ class Modules(nn.Module):
 
         `functional_call` would lose a parameter of a module that several modules hold.
         """
-        new = dict(zip(map(id, self.names.values()), values, strict=True))
-        slots = [
-            (module._parameters, name, parameter)
-            for module in self.modules()
-            for name, parameter in module._parameters.items()
-            if parameter is not None
-        ]
+        before = [parameters[name] for parameters, name, _ in self._slots]
         try:
-            for parameters, name, parameter in slots:
-                parameters[name] = new[id(parameter)]  # type: ignore[assignment]
+            for parameters, name, number in self._slots:
+                parameters[name] = values[number]  # type: ignore[assignment]
             yield
         finally:
-            for parameters, name, parameter in slots:
+            for (parameters, name, _), parameter in zip(self._slots, before, strict=True):
                 parameters[name] = parameter
 
 
@@ -303,6 +289,7 @@ class SequencePass:
         starts: Sequence[list[Tensor]],
         read_out: Callable[[int, Tensor], MaybeTensor],
         grad_finals: Sequence[MaybeTensor],
+        grad_front: MaybeTensor = None,
     ) -> list[MaybeTensor]:
         """Sweep back; returns the gradient of every tensor argument.
 
@@ -311,12 +298,13 @@ class SequencePass:
             starts: as `StackSweep.forward` returned them.
             read_out: makes the gradient of a chunk's outputs, see `StackSweep.backward`.
             grad_finals: of each layer's final h (and c), or None.
+            grad_front: see `StackSweep.backward`.
         """
         grouped = in_groups(grad_finals, self.plan.states)
         layers = self.stack.layers
         grads = [zero_gradients(layer, g) for layer, g in zip(layers, grouped, strict=True)]
 
-        self.stack.backward(states, starts, read_out, grads, self.inputs)
+        self.stack.backward(states, starts, read_out, grads, self.inputs, grad_front)
         weights = [part for g in grads for part in (g.weight_ih, g.weight_hh, g.bias)]
         initial: list[MaybeTensor] = []
         if self.tensors.initial:

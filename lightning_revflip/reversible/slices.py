@@ -40,6 +40,9 @@ class HiddenSlice(nn.Module):
                 [3., 4.]])
     """
 
+    with_inputs = False
+    """Whether a second result stands for the inputs of the recurrent layer, see `stand_in`."""
+
     def __init__(self, units: int) -> None:
         super().__init__()
         if type(units) is not int or units < 0:
@@ -53,6 +56,15 @@ class HiddenSlice(nn.Module):
     def extra_repr(self) -> str:
         """The number of units."""
         return str(self.units)
+
+
+def stand_in(shape: Sequence[int], like: Tensor) -> Tensor:
+    """Zeros of some shape that take no memory, for a value that can be made again.
+
+    What makes the value again adds these zeros to it. So its gradient finds the way to where the
+    value came from first.
+    """
+    return like.new_zeros(()).expand(*shape)
 
 
 class Slices:

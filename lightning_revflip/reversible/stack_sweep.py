@@ -277,6 +277,7 @@ class StackSweep:
         read_out: Callable[[int, Tensor], Tensor | None],
         grads: Sequence[Gradients],
         grad_inputs: Sequence[Tensor | None],
+        grad_front: Tensor | None = None,
     ) -> None:
         """Sweep back.
 
@@ -287,6 +288,8 @@ class StackSweep:
                 and returns their gradient; None stands for zero.
             grads: of each layer, accumulated into.
             grad_inputs: receives the gradients of the inputs; None for those that need none.
+            grad_front: gradient of what the first front returned, by others than the layer above
+                it, (rows, features); None for zero.
 
         Raises:
             ReversalError: if the states at the start are not found again.
@@ -301,7 +304,7 @@ class StackSweep:
                     self._advance(number, states, sums)
             try:
                 for number in reversed(numbers):
-                    self._retreat(number, states, read_out, grads, grad_inputs, sums)
+                    self._retreat(number, states, read_out, grads, grad_inputs, grad_front, sums)
                 begun = self._states_before(segment, starts)
                 for state, start in zip(states, begun, strict=True):
                     state.check_is(start)
@@ -315,6 +318,7 @@ class StackSweep:
         read_out: Callable[[int, Tensor], Tensor | None],
         grads: Sequence[Gradients],
         grad_inputs: Sequence[Tensor | None],
+        grad_front: Tensor | None,
         sums: Tensor,
     ) -> None:
         """Undo and differentiate a chunk."""
@@ -341,6 +345,8 @@ class StackSweep:
             grad_rows = self.layers[index].differentiate_chunk(
                 chunk, part.rows, part.steps, grad, grads[index]
             )
+            if index == 0 and grad_front is not None:
+                grad_rows = grad_rows + grad_front[layout.rows(steps)]
             grad_x = layout.unflat(grad_rows, steps)
             differentiate([part.x], [grad_x], [*part.sources, *self._leaves])
             grad = part.sources[0].total if index else None
