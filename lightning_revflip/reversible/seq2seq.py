@@ -155,8 +155,8 @@ class RevEncoder(nn.Module):
             `nn.Sequential(nn.Embedding(...), nn.Dropout(...))`.
         rnn: a RevGRU or RevLSTM of one or more layers, not bidirectional.
         context: what attention sees of each step: `hidden` (all units of the top layer), `slice:k`
-            (the first k), `embedding` (what `embedding` returned, dropout included), or
-            `embedding+slice:k`.
+            (the first k), `embedding` (what `embedding` returned, dropout included), or both, as
+            `embedding+slice:k` or `embedding+hidden`.
         chunk_steps: time steps in a chunk; None: as many as fit `memory_budget`.
         memory_budget: bytes, see `ReversibleSequence`.
 
@@ -440,9 +440,10 @@ def packed_steps(tokens: Tensor, lengths: Lengths | None, batch_first: bool) -> 
         raise ValueError(f"tokens must have shape {order}, got {tuple(tokens.shape)}.")
     batch, steps = tokens.shape if batch_first else tokens.shape[::-1]
     known = torch.full((batch,), steps) if lengths is None else torch.as_tensor(lengths).cpu()
-    if tuple(known.shape) != (batch,) or not batch or known.min() < 1 or known.max() > steps:
+    whole = not known.is_floating_point() and tuple(known.shape) == (batch,)
+    if not whole or not batch or known.min() < 1 or known.max() > steps:
         raise ValueError(
-            f"lengths must be {batch} numbers from 1 to {steps}, one per sequence of tokens of "
+            f"lengths must be {batch} whole numbers from 1 to {steps}, one per sequence of tokens of "
             f"shape {tuple(tokens.shape)} (batch_first={batch_first}), got {known.tolist()}."
         )
     return pack_padded_sequence(tokens, known, batch_first, enforce_sorted=False)

@@ -129,7 +129,7 @@ class ReversibleSequence(nn.Module):
         for name, module in (("read_in", read_in), ("read_out", read_out)):
             if not isinstance(module, nn.Module):
                 raise ValueError(f"{name} must be an nn.Module, got {type(module).__name__}.")
-        if isinstance(read_out, HiddenSlice):
+        if type(read_out) is HiddenSlice:
             hidden = rnns[-1].hidden_size
             if read_out.units > hidden:
                 raise ValueError(
@@ -280,6 +280,7 @@ class ReversibleSequence(nn.Module):
             tuple(part.training for part in (self.read_in, *self.between, self.read_out)),
             layout.packed,
             layout.steps > 1,
+            torch.is_inference_mode_enabled(),
             tuple(arg is None for arg in per_step),
             tuple((name, value is None) for name, value in shared.items()),
         )
@@ -315,7 +316,7 @@ class ReversibleSequence(nn.Module):
 
     @property
     def _sliced_units(self) -> int | None:
-        return self.read_out.units if isinstance(self.read_out, HiddenSlice) else None
+        return self.read_out.units if type(self.read_out) is HiddenSlice else None
 
     def _fronts(self) -> list[Front]:
         """What makes the input of each layer."""
