@@ -1,6 +1,5 @@
 """How every benchmark measures: side by side, in one process, with machine and versions noted."""
 
-import gc
 import json
 import os
 import platform
@@ -13,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+
+from lightning_revflip.reversible.allocator import allocated_bytes
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -57,30 +57,9 @@ def bytes_allocated(run: Callable[[], object], device: str | None = None) -> tup
         run: what to measure.
         device: the type of the device whose allocator counts; by default CUDA's if there is one.
     """
-    gc.collect()
-    if torch.cuda.is_available() if device is None else device == "cuda":
-        return _bytes_allocated_cuda(run)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        result = run()
-    results: Any = profiler.profiler.kineto_results
-    events = [event for event in results.events() if event.name() == "[memory]"]
-    now = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
-    del result
-    return now, peak
-
-
-def _bytes_allocated_cuda(run: Callable[[], object]) -> tuple[int, int]:
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    result = run()
-    torch.cuda.synchronize()
-    after, peak = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
-    del result
-    return after - before, peak - before
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return allocated_bytes(run, device)
 
 
 def environment(device: str | None = None) -> dict[str, Any]:

@@ -5,8 +5,8 @@
 Runs `revflip fit`, then `revflip test` on the best checkpoint, with the recipe's configurations at
 the paper's size: ordinary models attend to all units, reversible ones to the embedding and 20
 units, and forget at most 3 bits. Same seed, same batches, Adam for all. Needs Multi30k in
-REVFLIP_DATA; writes results/OUTPUT.json and its curves beside the recipe's README. Trainings stay in
-`--folder`, where `benchmarks.translation` finds them; those that are there are not run again.
+REVFLIP_DATA; writes results/OUTPUT.json and its curves beside the recipe's README. Trainings stay
+in `--folder`, where `benchmarks.translation` finds them; those that are there are not run again.
 """
 
 import argparse

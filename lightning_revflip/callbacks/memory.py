@@ -25,7 +25,8 @@ class MemoryMonitor(Callback):
       any model has after the backward pass;
     - with reversible layers, of their last call: `reversible/bits_per_unit_step`,
       `reversible/stored_bits`, `reversible/kept_bytes`, `reversible/savings` (kept bytes against
-      those of nn.GRU and nn.LSTM), and `reversible/bits_per_unit_step/<layer>`.
+      those of nn.GRU and nn.LSTM), and of each layer `reversible/bits_per_unit_step/<layer>` and
+      `reversible/state_savings/<layer>` (bits of float states against stored ones and slices).
 
     Works with any LightningModule, reversible or not. Writes nothing to checkpoints. Measuring
     calls Python for every tensor that autograd saves, hence not at every step.
@@ -97,10 +98,10 @@ def _reversible_values(pl_module: LightningModule) -> dict[str, float]:
         "reversible/kept_bytes": float(report.kept_bytes),
         "reversible/savings": report.savings,
     }
-    return values | {
-        f"reversible/bits_per_unit_step/{layer.name}": layer.bits_per_unit_step
-        for layer in report.layers
-    }
+    for layer in report.layers:
+        values[f"reversible/bits_per_unit_step/{layer.name}"] = layer.bits_per_unit_step
+        values[f"reversible/state_savings/{layer.name}"] = layer.state_savings
+    return values
 
 
 class _SavedBytes(saved_tensors_hooks):

@@ -1,10 +1,12 @@
 """What the last pass of a reversible module stored, against what an ordinary one keeps."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
+from lightning_revflip.reversible.allocator import allocated_bytes
 from lightning_revflip.reversible.buffer import information_bits, stored_bits
 from lightning_revflip.reversible.cells import Cell
 
@@ -110,12 +112,31 @@ class LayerReport:
         """Stored bits per unit and step."""
         return self.stored_bits / max(1, self.unit_steps)
 
+    @property
+    def state_savings(self) -> float:
+        """How many times fewer bits than float states are stored, slices included."""
+        return _ratio(self.float_state_bits, self.stored_bits + self.slice_bits)
+
 
 @dataclass(frozen=True)
 class MemoryReport:
     """Memory of all reversible layers of a module in their last pass."""
 
     layers: list[LayerReport]
+    peak_bytes: int | None = None
+    """The allocator's peak over a step of the whole model, if `memory_report` ran one."""
+
+    def within(self, prefix: str) -> "MemoryReport":
+        """The report of the layers below one of the module's parts, for example "encoder".
+
+        Raises:
+            ValueError: if there are none.
+        """
+        layers = [layer for layer in self.layers if f"{layer.name}.".startswith(f"{prefix}.")]
+        if not layers:
+            names = ", ".join(layer.name for layer in self.layers)
+            raise ValueError(f"no reversible layer is within {prefix!r}; there are {names}.")
+        return MemoryReport(layers)
 
     @property
     def stored_bits(self) -> int:
@@ -166,25 +187,30 @@ class MemoryReport:
     @property
     def savings(self) -> float:
         """How many times less is kept than by ordinary layers; infinite after an evaluation."""
-        return self.standard_bytes / self.kept_bytes if self.kept_bytes else float("inf")
+        return _ratio(self.standard_bytes, self.kept_bytes)
 
     @property
     def state_savings(self) -> float:
-        """How many times fewer bits than float states are stored, slices included.
+        """How many times fewer bits than float states are stored, slices included."""
+        return _ratio(self.float_state_bits, self.stored_bits + self.slice_bits)
 
-        The paper counts in this way, with information bits for stored ones.
+    @property
+    def information_savings(self) -> float:
+        """The same for the forgotten information and slices: how the paper counts.
+
+        No lossless buffer can reach more.
         """
-        bits = self.stored_bits + self.slice_bits
-        return self.float_state_bits / bits if bits else float("inf")
+        return _ratio(self.float_state_bits, self.information_bits + self.slice_bits)
 
     def __str__(self) -> str:
-        header = f"{'layer':<24}{'bits/unit/step':>15}{'kept':>12}{'ordinary':>12}{'saved':>9}"
+        header = f"{'layer':<24}{'bits/unit/step':>15}{'states':>9}{'kept':>12}"
+        header += f"{'ordinary':>12}{'saved':>9}"
         lines = [header]
         for layer in self.layers:
-            saved = f"{layer.standard_bytes / layer.kept_bytes:.1f}x" if layer.kept_bytes else "all"
+            saved = _times(_ratio(layer.standard_bytes, layer.kept_bytes))
             lines.append(
-                f"{layer.name:<24}{layer.bits_per_unit_step:>15.3f}{_size(layer.kept_bytes):>12}"
-                f"{_size(layer.standard_bytes):>12}{saved:>9}"
+                f"{layer.name:<24}{layer.bits_per_unit_step:>15.3f}{_times(layer.state_savings):>9}"
+                f"{_size(layer.kept_bytes):>12}{_size(layer.standard_bytes):>12}{saved:>9}"
             )
         if not self.kept_bytes:
             return "\n".join([*lines, "nothing was stored: the last pass needed no gradients"])
@@ -194,6 +220,10 @@ class MemoryReport:
             f"{_size(self.stored_bits / 8)}, {overhead:.2f} times the forgotten information; "
             f"backward works in {_size(self.chunk_bytes)}, {self.chunk_steps} steps at a time"
         )
+        if self.slice_bits:
+            lines.append(f"units that are kept as floats: {_size(self.slice_bits / 8)}")
+        if self.peak_bytes is not None:
+            lines.append(f"the whole model's peak over a step: {_size(self.peak_bytes)}")
         return "\n".join(lines)
 
 
@@ -204,15 +234,26 @@ class Recorded(Protocol):
     last_passes: dict[str, Pass]
 
 
-def memory_report(module: nn.Module) -> MemoryReport:
+def memory_report(module: nn.Module, step: Callable[[], object] | None = None) -> MemoryReport:
     """What the last pass of every RevGRU and RevLSTM inside `module` stored.
 
     A layer that is called several times in a forward pass reports its last call.
+
+    Args:
+        module: any module with reversible layers; of an encoder and a decoder in one model,
+            `report.within("encoder")` is the one half.
+        step: a training step of the whole model, forward and backward. It is run once, and the
+            bytes that torch's allocator needs for it at its peak are reported as `peak_bytes`:
+            everything counts that did not exist before, gradients included.
 
     Raises:
         ValueError: if `module` holds no reversible layer.
         RuntimeError: if none of them has run yet.
     """
+    peak = None
+    if step is not None:
+        device = next(module.parameters()).device.type
+        peak = allocated_bytes(step, device).peak
     recorded = [(name, part) for name, part in module.named_modules() if isinstance(part, Recorded)]
     if not recorded:
         raise ValueError(
@@ -228,7 +269,17 @@ def memory_report(module: nn.Module) -> MemoryReport:
         raise RuntimeError(
             "no reversible layer has run yet, so there is nothing to report: call the module first."
         )
-    return MemoryReport(layers)
+    return MemoryReport(layers, peak)
+
+
+def _ratio(less: float, by: float) -> float:
+    """`less / by`, infinite for nothing."""
+    return less / by if by else float("inf")
+
+
+def _times(ratio: float) -> str:
+    """A ratio for people."""
+    return "all" if ratio == float("inf") else f"{ratio:.1f}x"
 
 
 def _size(count: float) -> str:

@@ -1,5 +1,7 @@
 """`memory_report` tells what was really kept."""
 
+import gc
+
 import pytest
 import torch
 from torch import nn
@@ -205,15 +207,41 @@ def test_report_of_a_model_names_its_layers_and_is_readable():
     names = ["encoder.l0", "encoder.l0_reverse", "blocks.1.l0"]
     assert [layer.name for layer in report.layers] == names
     header, *rows, summary = str(report).splitlines()
-    assert header.split() == ["layer", "bits/unit/step", "kept", "ordinary", "saved"]
+    assert header.split() == ["layer", "bits/unit/step", "states", "kept", "ordinary", "saved"]
     for row, layer in zip(rows, report.layers, strict=True):
-        name, bits, *_, saved = row.split()
+        name, bits, states, *_, saved = row.split()
+        assert states == f"{layer.float_state_bits / layer.stored_bits:.1f}x"
         assert name == layer.name
         assert float(bits) == pytest.approx(layer.bits_per_unit_step, abs=1e-3)
         assert saved == f"{layer.standard_bytes / layer.kept_bytes:.1f}x"
     assert "instead of" in summary
     assert f"{report.stored_bits / report.information_bits:.2f} times" in summary
     assert len({len(row) for row in (header, *rows)}) == 1, "columns are aligned"
+
+
+def test_a_part_of_a_report_holds_the_layers_of_that_part():
+    model = Model()
+    model(normal(30, 3, 5))
+    report = memory_report(model)
+    assert report.within("encoder").layers == report.layers[:2]
+    assert report.within("blocks.1").layers == report.layers[2:]
+    with pytest.raises(ValueError, match=r"within 'block'; there are encoder.l0, encoder.l0_rev"):
+        report.within("block")
+
+
+def test_a_report_of_a_step_says_what_the_whole_model_allocates():
+    model, x = Model(), normal(30, 3, 5)
+    model(x).sum().backward()  # gradients exist then and do not count
+    report = memory_report(model, lambda: model(x).sum().backward())
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        model(x).sum().backward()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    running = [e.nbytes() for e in sorted(events, key=lambda event: event.start_ns())]
+    peak = max(sum(running[: i + 1]) for i in range(len(running)))
+    assert report.peak_bytes == pytest.approx(peak, rel=0.1)
+    assert "peak over a step" in str(report)
+    assert memory_report(model).peak_bytes is None
 
 
 def test_report_after_an_evaluation_says_that_all_was_saved():
