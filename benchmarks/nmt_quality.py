@@ -1,6 +1,6 @@
 """Translation of Multi30k at a fixed budget: reversible models beside ordinary ones.
 
-    python -m benchmarks.nmt_quality [--epochs 8] [--lr 0.001] [--cells lstm revlstm gru revgru]
+    python -m benchmarks.nmt_quality [--epochs 6] [--lr 0.001] [--cells lstm revlstm gru revgru]
 
 Runs `revflip fit`, then `revflip test` on the best checkpoint, with the recipe's configurations at
 the paper's size: ordinary models attend to all units, reversible ones to the embedding and 20
@@ -44,6 +44,7 @@ def command(task: str, cell: str, options: argparse.Namespace) -> list[str]:
         "--trainer.accelerator=cpu",
         "--data.source=multi30k",
         f"--data.pair={options.pair}",
+        f"--data.min_count={options.min_count}",
         f"--trainer.logger.init_args.save_dir={options.folder}",
         f"--trainer.logger.init_args.name={cell}",
         f"--trainer.logger.init_args.version={task}",
@@ -108,9 +109,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
     add("--size", choices=("paper", "small"), default="paper")
-    add("--epochs", type=int, default=8)
+    add("--epochs", type=int, default=6)
     add("--lr", type=float, default=0.001)
     add("--pair", default="de-en")
+    add("--min-count", type=int, default=2, help="occurrences of a word that gets a number")
     add("--cells", nargs="+", choices=CELLS, default=list(CELLS))
     add("--folder", type=Path, default=Path("runs/nmt_quality"), help="where trainings are kept")
     add("--output", default="nmt_quality", help="name of the results file")
@@ -124,7 +126,7 @@ def main() -> None:
         if plain is not row:
             row["test_bleu_difference"] = row["test_bleu"] - plain["test_bleu"]
         print({key: value for key, value in row.items() if not key.startswith("val_")})
-    settings = {n: getattr(options, n) for n in ("size", "epochs", "lr", "pair")}
+    settings = {n: getattr(options, n) for n in ("size", "epochs", "lr", "pair", "min_count")}
     print(measure.write(options.output, rows, **settings))
     draw(rows).savefig(f"recipes/nmt/{options.output}.png", dpi=100)
 
