@@ -90,13 +90,12 @@ def compare(
     runs: dict[str, Callable[[], None]] = {n: partial(run, model) for n, model in models.items()}
     for name, times in measure.seconds(runs, budget, rounds, warm_up=False).items():
         rows[name]["seconds_per_step"] = measure.summary([t / len(batches) for t in times])
-    for name, row in rows.items():
-        for base in ("nn.LSTM", f"nn.{'GRU' if 'GRU' in name else 'LSTM'}"):
-            if base in rows:
-                key = "" if base == "nn.LSTM" else "_same_cell"
-                times = [r["seconds_per_step"]["median"] for r in (row, rows[base])]
-                row[f"time_ratio{key}"] = times[0] / times[1]
-                row[f"peak_ratio{key}"] = rows[base]["peak_bytes"] / row["peak_bytes"]
+    for row in rows.values():
+        same = rows[f"nn.{row['cell'].removeprefix('Rev')}"]
+        for suffix, base in (("", rows["nn.LSTM"]), ("_same_cell", same)):
+            mine, theirs = (r["seconds_per_step"]["median"] for r in (row, base))
+            row[f"time_ratio{suffix}"] = mine / theirs
+            row[f"peak_ratio{suffix}"] = base["peak_bytes"] / row["peak_bytes"]
     return list(rows.values())
 
 

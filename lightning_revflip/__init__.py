@@ -8,9 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_revflip.convert import apply_spec, convert, load_from_checkpoint
 from lightning_revflip.reversible import (
+    HiddenSlice,
     LinearCrossEntropy,
     LockedDropout,
+    LuongAttention,
     MemoryReport,
+    RevDecoder,
+    RevEncoder,
     ReversalError,
     ReversibleSequence,
     RevGRU,
@@ -25,10 +29,14 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "HiddenSlice",
     "LinearCrossEntropy",
     "LockedDropout",
+    "LuongAttention",
     "MemoryMonitor",
     "MemoryReport",
+    "RevDecoder",
+    "RevEncoder",
     "RevGRU",
     "RevLSTM",
     "ReversalError",

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from lightning_revflip.reversible.cells import Cell
+from lightning_revflip.reversible.errors import ReversalError
 from lightning_revflip.reversible.kernels.cuda_graph import ChunkReplay, graphs_enabled
 from lightning_revflip.reversible.products import Products
 from lightning_revflip.reversible.schedule import Schedule
-from lightning_revflip.reversible.sweep import Gradients, LayerSweep, ReversalError, SweepState
+from lightning_revflip.reversible.sweep import Gradients, LayerSweep, SweepState
 
 
 @dataclass(frozen=True)

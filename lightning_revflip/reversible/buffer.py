@@ -42,7 +42,13 @@ WORD_BITS = 16
 
 _BLOCK_WORDS = 1 << 15
 
-_LOWEST = float(1 << 15)
+LOWEST = 1 << 15
+"""A state that holds nothing."""
+
+HIGHEST = (1 << 31) - 1
+"""The largest state: none of the gates brings it below `LOWEST` in `divide_`."""
+
+_LOWEST = float(LOWEST)
 _WORD = float(1 << WORD_BITS)
 _SIGN = 1 << (WORD_BITS - 1)  # words are unsigned, int16 is not: stored shifted by 2^15
 _EMIT = float(1 << 21)
@@ -170,6 +176,9 @@ class InformationBuffer:
 
     gate_one: float = GATE_ONE
     """What stands for a gate of 1 in `multiply_` and `divide_`. A unit with it is left alone."""
+
+    fused = False
+    """Whether the cell's kernels work on `state` themselves, shape (batch, units)."""
 
     def __init__(self, state: Tensor, words: WordStream | None) -> None:
         self.state = state

@@ -203,13 +203,14 @@ class MemoryReport:
         return _ratio(self.float_state_bits, self.information_bits + self.slice_bits)
 
     def __str__(self) -> str:
-        header = f"{'layer':<24}{'bits/unit/step':>15}{'states':>9}{'kept':>12}"
+        width = max(24, *(len(layer.name) + 1 for layer in self.layers))
+        header = f"{'layer':<{width}}{'bits/unit/step':>15}{'states':>9}{'kept':>12}"
         header += f"{'ordinary':>12}{'saved':>9}"
         lines = [header]
         for layer in self.layers:
             saved = _times(_ratio(layer.standard_bytes, layer.kept_bytes))
             lines.append(
-                f"{layer.name:<24}{layer.bits_per_unit_step:>15.3f}{_times(layer.state_savings):>9}"
+                f"{layer.name:<{width}}{layer.bits_per_unit_step:>15.3f}{_times(layer.state_savings):>9}"
                 f"{_size(layer.kept_bytes):>12}{_size(layer.standard_bytes):>12}{saved:>9}"
             )
         if not self.kept_bytes:

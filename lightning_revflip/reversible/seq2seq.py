@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,119 +28,14 @@ from lightning_revflip.reversible.rnn_base import ReversibleRNNBase
 from lightning_revflip.reversible.sequence import ReversibleSequence
 from lightning_revflip.reversible.sequence_arguments import check_rnns
 from lightning_revflip.reversible.slices import HiddenSlice
-from lightning_revflip.reversible.stack_sweep import StackPlan
+from lightning_revflip.reversible.source_context import (
+    PaddedContext,
+    SourceContext,
+    training_flags,
+)
 
 Lengths = Sequence[int] | Tensor
 """Steps of each sequence of a batch."""
-
-
-@dataclass(frozen=True)
-class PaddedContext:
-    """What a decoder attends to, in memory: for decoding step by step.
-
-    Args:
-        context: (batch, source steps, D).
-        mask: bool, (batch, source steps), which steps are real.
-    """
-
-    context: Tensor
-    mask: Tensor
-
-    def padded(
-        self, slices: Tensor, embedded: None, order: Tensor | None, count: int
-    ) -> tuple[Tensor, Tensor]:
-        """As that of a `SourceContext`; `slices` is the context, or stands for it."""
-        context, mask = slices, self.mask
-        if order is not None:
-            context, mask = context.index_select(0, order[:count]), mask[order[:count]]
-        return context[:count], mask[:count]
-
-    def select(self, rows: Tensor) -> PaddedContext:
-        """The context of some sequences, (rows,) int64; a sequence may occur more than once."""
-        return PaddedContext(self.context.index_select(0, rows), self.mask[rows])
-
-    @property
-    def size(self) -> int:
-        """D."""
-        return self.context.shape[-1]
-
-    @property
-    def slices(self) -> Tensor:
-        """What gradients flow through: all of the context."""
-        return self.context
-
-    @property
-    def embedded(self) -> None:
-        """None: it is part of the context already."""
-
-
-@dataclass(frozen=True)
-class SourceContext:
-    """What a `RevEncoder` returns for attention: kept units, and how to make the rest again.
-
-    Args:
-        slices: the kept units after every step, (rows, k), step after step as in a PackedSequence.
-        embedded: stands for what the embedding returned, (rows, features), see `stand_in`; None
-            if the context is without it. Gradients flow through both into the encoder.
-        index: int64, (batch, source steps), the row of each step; 0 for padding.
-        mask: bool, of the same shape, which steps are real.
-        plan: of the encoder's pass.
-        tokens: the source, (rows,).
-    """
-
-    slices: Tensor
-    embedded: Tensor | None
-    index: Tensor
-    mask: Tensor
-    plan: StackPlan
-    tokens: Tensor
-
-    @property
-    def size(self) -> int:
-        """D, features of a step."""
-        return self.slices.shape[1] + (0 if self.embedded is None else self.embedded.shape[1])
-
-    def padded(
-        self, slices: Tensor, embedded: Tensor | None, order: Tensor | None, count: int
-    ) -> tuple[Tensor, Tensor]:
-        """Context and mask of some sequences.
-
-        Args:
-            slices: `self.slices`, or a tensor in its place by which to differentiate.
-            embedded: likewise of `self.embedded`.
-            order: int64, (batch,), of the sequences; None: as the encoder got them.
-            count: how many of them, from the first.
-
-        Returns:
-            (count, source steps, D), and bool, (count, source steps).
-        """
-        index, mask = self.index, self.mask
-        if order is not None:
-            index, mask = index[order], mask[order]
-        index, mask = index[:count], mask[:count]
-        rows = slices
-        if embedded is not None:
-            rows = torch.cat([self._embed_again() + embedded, slices], dim=1)
-        return rows.index_select(0, index.flatten()).view(*index.shape, -1), mask
-
-    @torch.no_grad()
-    def _embed_again(self) -> Tensor:
-        """What the encoder's embedding returned for all steps: (rows, features)."""
-        plan = self.plan
-        size = plan.schedule.chunk_steps
-        parts = []
-        with plan.replay.running():
-            for number, first in enumerate(range(0, plan.layout.steps, size)):
-                steps = range(first, min(first + size, plan.layout.steps))
-                packed = plan.layout.packed_rows(steps, self.tokens.device)
-                with plan.replay.at(number, 0, packed=packed), plan.autocast.restored():
-                    parts.append(plan.fronts[0](plan.layout.cut(self.tokens, steps)))
-        return torch.cat(parts)
-
-    def in_memory(self) -> PaddedContext:
-        """The context of the whole batch, for decoding step by step."""
-        everything = self.padded(self.slices, self.embedded, None, len(self.index))
-        return PaddedContext(*everything)
 
 
 class RevEncoder(nn.Module):
@@ -186,8 +80,8 @@ class RevEncoder(nn.Module):
         super().__init__()
         check_rnns([rnn])
         self.context = ContextSpec.parse(context)
-        kept = HiddenSlice(self.context.hidden_units(rnn.hidden_size))
-        kept.with_inputs = self.context.embedding
+        units = self.context.hidden_units(rnn.hidden_size)
+        kept = HiddenSlice(units, with_inputs=self.context.embedding)
         self.sequence = ReversibleSequence(
             embedding,
             rnn,
@@ -224,14 +118,13 @@ class RevEncoder(nn.Module):
         result, final, plan = self.sequence.run((packed,), state)
         kept, embedded = result if self.context.embedding else (result, None)
         layout, device = plan.stack.layout, packed.data.device
-        place = packed.unsorted_indices
-        if place is None:
-            place = torch.arange(layout.batch, device=device)
+        place: Any = packed.unsorted_indices
         sizes = torch.tensor(layout.batch_sizes, device=device)
         mask = place.unsqueeze(1) < sizes
         index = (place.unsqueeze(1) + sizes.cumsum(0) - sizes).masked_fill_(~mask, 0)
         rows = None if embedded is None else embedded.data
-        source = SourceContext(kept.data, rows, index, mask, plan.stack, packed.data)
+        modes = training_flags(self.sequence.read_in)
+        source = SourceContext(kept.data, rows, index, mask, plan.stack, packed.data, modes)
         return source, final
 
 
@@ -398,7 +291,7 @@ class _AttentiveReadOut(nn.Module):
         slices: Tensor,
         embedded: Any,
         source: SourceContext | PaddedContext,
-        order: Tensor | None,
+        order: Tensor,
     ) -> Tensor:
         """The summed loss, or logits (rows, V), of h after some steps, (rows, hidden_size)."""
         rows = packed_rows()
@@ -443,7 +336,7 @@ def packed_steps(tokens: Tensor, lengths: Lengths | None, batch_first: bool) -> 
     whole = not known.is_floating_point() and tuple(known.shape) == (batch,)
     if not whole or not batch or known.min() < 1 or known.max() > steps:
         raise ValueError(
-            f"lengths must be {batch} whole numbers from 1 to {steps}, one per sequence of tokens of "
-            f"shape {tuple(tokens.shape)} (batch_first={batch_first}), got {known.tolist()}."
+            f"lengths must be {batch} whole numbers from 1 to {steps}, one per sequence of tokens "
+            f"of shape {tuple(tokens.shape)} (batch_first={batch_first}), got {known.tolist()}."
         )
     return pack_padded_sequence(tokens, known, batch_first, enforce_sorted=False)

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from lightning_revflip.reversible.autograd import uncompiled
-from lightning_revflip.reversible.cells import Cell
 from lightning_revflip.reversible.kernels import fastest
 from lightning_revflip.reversible.layout import Layout
 from lightning_revflip.reversible.products import Products, onednn_available
@@ -267,7 +266,7 @@ class ReversibleSequence(nn.Module):
             layout=layout,
             schedule=Schedule(list(layout.batch_sizes), chunk_steps),
             segment_chunks=self._segment_chunks(layout.steps, chunk_steps),
-            cells=self._cells(device, dtype),
+            cells=[fastest(rnn.cell, device, dtype) for rnn, _ in rnns],
             products=Products(dtype, onednn_available(device, dtype), frugal=True),
             fronts=fronts,
             replay=Replay.draw(self, layout.batch, device),
@@ -306,13 +305,6 @@ class ReversibleSequence(nn.Module):
             on_forward=self._record,
         )
         return plan, tensors
-
-    def _cells(self, device: torch.device, dtype: torch.dtype) -> list[Cell[Any]]:
-        """The cell of each layer, in its fastest implementation."""
-        cells = [fastest(rnn.cell, device, dtype) for rnn, _ in self._rnns_of_layers()]
-        if self._sliced_units and device.type != "cpu":
-            cells[-1] = self._rnns[-1].cell  # kernels for GPUs keep no units
-        return cells
 
     @property
     def _sliced_units(self) -> int | None:

@@ -60,13 +60,11 @@ class ReversibleSequenceFunction(torch.autograd.Function):
             found = results.all()
             ctx.mark_non_differentiable(*found[1:], *finals)
             return (*found, *finals)
-        residual = None
         if slices is None:
             found = results.all()
         else:
-            kept, residual = slices.floats(dtype)
             layout = plan.stack.layout
-            found = (layout.unflat(kept, range(layout.steps)),)
+            found = (layout.unflat(slices.floats(dtype), range(layout.steps)),)
             if plan.read_out.with_inputs:
                 features = run.stack.layers[0].weight_ih.shape[1]
                 found += (stand_in((*found[0].shape[:-1], features), found[0]),)
@@ -74,8 +72,8 @@ class ReversibleSequenceFunction(torch.autograd.Function):
             ctx.plan, ctx.results, ctx.sums = plan, len(found), run.stack.sums
             compact = [part for state in states for part in state.compact()]
             before = [half for start in starts for half in start]
-            own = () if slices is None else (found[0], residual)
-            ctx.save_for_backward(*flat, *before, *compact, *own)
+            kept = () if slices is None else (found[0],)
+            ctx.save_for_backward(*flat, *before, *compact, *kept)
             if plan.loss:
                 ctx.mark_non_differentiable(*found[1:])
         return (*found, *finals)
@@ -92,9 +90,9 @@ class ReversibleSequenceFunction(torch.autograd.Function):
         plan: SequencePlan = ctx.plan
         saved = saved_tensors(ctx)
         count, layers = sum(plan.sizes), len(plan.stack.cells)
-        own: tuple[Any, ...] = ()
+        kept: Tensor | None = None
         if plan.stack.sliced_units is not None:
-            saved, own = saved[:-2], saved[-2:]
+            saved, kept = saved[:-1], saved[-1]
         flat, before, compact = (
             saved[:count],
             in_groups(saved[count : -3 * layers], layers),
@@ -120,8 +118,8 @@ class ReversibleSequenceFunction(torch.autograd.Function):
             for cell, parts in zip(plan.stack.cells, compact, strict=True)
         ]
         grad_front = None
-        if own:
-            run.stack.restore_slices(layout.flat(own[0]), own[1])
+        if kept is not None:
+            run.stack.restore_slices(layout.flat(kept))
             read_out = run.slice_gradient(grad_results[0])
             if len(grad_results) > 1 and grad_results[1] is not None:
                 grad_front = layout.flat(grad_results[1])

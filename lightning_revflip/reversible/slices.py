@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_revflip.reversible.buffer import InformationBuffer
-from lightning_revflip.reversible.cells import Cell
+from lightning_revflip.reversible.buffer import HIGHEST, LOWEST, InformationBuffer
+from lightning_revflip.reversible.cells import Cell, Undone
+from lightning_revflip.reversible.errors import ReversalError
 
 _BLOCK_ROWS = 1024
 
@@ -30,6 +31,8 @@ class HiddenSlice(nn.Module):
 
     Args:
         units: how many; 0 for none, at most the hidden_size of the layer.
+        with_inputs: have a ReversibleSequence return a second result: a `stand_in` for the inputs
+            of the first layer, through which a gradient of theirs can come.
 
     Raises:
         ValueError: for a negative number.
@@ -40,14 +43,12 @@ class HiddenSlice(nn.Module):
                 [3., 4.]])
     """
 
-    with_inputs = False
-    """Whether a second result stands for the inputs of the recurrent layer, see `stand_in`."""
-
-    def __init__(self, units: int) -> None:
+    def __init__(self, units: int, *, with_inputs: bool = False) -> None:
         super().__init__()
         if type(units) is not int or units < 0:
             raise ValueError(f"units must be a whole number, 0 or more, got {units!r}.")
         self.units = units
+        self.with_inputs = with_inputs
 
     def forward(self, hidden: Tensor) -> Tensor:
         """(..., hidden_size) -> (..., units)."""
@@ -95,80 +96,120 @@ class Slices:
         """Of the states and forget gates of either half, those of the kept units."""
         self._integers: Tensor | None = None
         self._floats: Tensor | None = None
-        self._residual: Tensor | None = None
         self._initial: list[Tensor] = []
+        self._differing = torch.zeros((), dtype=torch.int64, device=device)
+        """Undone states that are not those that were kept."""
 
     # --- forward -----------------------------------------------------------------------------
 
-    def keep(self, first: int, half: int, state: Tensor) -> None:
+    def keep(self, first: int, half: int, state: Tensor, buffer: InformationBuffer) -> None:
         """Keep what a half-step made.
 
         Args:
             first: row at which the step begins.
             half: 0 or 1.
             state: of the half, (rows, states * half).
+            buffer: of the half.
         """
+        if buffer.fused:
+            self._fill(buffer, half, len(state), LOWEST)
         if self._integers is None:
             shape = (self._rows, self.units)
             self._integers = torch.empty(shape, dtype=torch.int32, device=self._device)
         part = self._parts[half]
         self._integers[first : first + len(state), part] = state[:, self.columns[half]].int()
 
-    def floats(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-        """What was kept, as floats, (rows, units), and what they lack, or None if they are exact.
+    def floats(self, dtype: torch.dtype) -> Tensor:
+        """What was kept, as floats, (rows, units), in the place of the integers in memory.
 
-        They take the place of the integers in memory. float32 has 24 digits: states of RevLSTM that
-        outgrow 16 need the second tensor, int32, of the same shape.
+        float32 has 24 digits, which states of RevLSTM that outgrow 16 exceed. Whatever a sweep back
+        makes of a kept unit it makes of its float, so the digits beyond are not missed.
         """
         integers, self._integers = self._integers, None
         assert integers is not None
-        fixed_point = self.cell.fixed_point
         if dtype == torch.float64:
-            return fixed_point.to_float(integers, dtype), None
+            return self.cell.fixed_point.to_float(integers, dtype)
         floats = integers.view(torch.float32)
-        residual: Tensor | None = None
         parts = (torch.split(integers, _BLOCK_ROWS), torch.split(floats, _BLOCK_ROWS))
-        for number, (block, target) in enumerate(zip(*parts, strict=True)):
-            exact = block.double()
-            target.copy_(fixed_point.to_float(exact, torch.float32))
-            lost = (exact - fixed_point.from_float(target)).int()
-            if residual is None and bool(lost.any()):
-                residual = torch.zeros_like(integers)
-            if residual is not None:
-                torch.split(residual, _BLOCK_ROWS)[number].copy_(lost)
-        return floats, residual
+        for block, target in zip(*parts, strict=True):
+            target.copy_(self.cell.fixed_point.to_float(block, torch.float32))
+        return floats
 
     # --- backward ----------------------------------------------------------------------------
 
-    def restore(self, floats: Tensor, residual: Tensor | None, initial: Sequence[Tensor]) -> None:
+    def restore(self, floats: Tensor, initial: Sequence[Tensor]) -> None:
         """Take back what `floats` returned.
 
         Args:
             floats: (rows, units).
-            residual: the same shape, or None.
             initial: states of the halves before the first step, (batch, states * half).
         """
-        self._floats, self._residual = floats, residual
+        self._floats = floats
         self._initial = [
             state[:, columns].double() for state, columns in zip(initial, self.columns, strict=True)
         ]
 
     def before(self, first: int, rows: int, half: int) -> Tensor:
-        """States of the kept units before the step that begins at a row: float64 integers."""
+        """States of the kept units before the step that begins at a row: float64 integers.
+
+        Exactly what they were before the first step, with the digits of a float before others.
+        """
         if first == 0:
             return self._initial[half][:rows]
         assert self._floats is not None
         start = self._before[first]
         part = (slice(start, start + rows), self._parts[half])
-        state = self.cell.fixed_point.from_float(self._floats[part])
-        return state if self._residual is None else state.add_(self._residual[part])
+        return self.cell.fixed_point.from_float(self._floats[part])
+
+    def put_back(
+        self, first: int, half: int, state: Tensor, undone: Undone, buffer: InformationBuffer
+    ) -> None:
+        """Replace what kernels made of the kept units when they undid a half-step.
+
+        Args:
+            first: row at which the step begins.
+            half: 0 or 1.
+            state: of the half, (rows, states * half).
+            undone: what the cell's `reverse_` returned.
+            buffer: of the half.
+        """
+        if not buffer.fused:
+            return  # a _SlicedBuffer did so already
+        rows, part = len(state), self._parts[half]
+        before = self.before(first, rows, half)
+        state[:, self.columns[half]] = before.to(state.dtype)
+        width = part.stop - part.start
+        undone.h[:, :width] = self.cell.fixed_point.to_float(before, undone.h.dtype)
+        self._fill(buffer, half, rows, LOWEST)
+
+    def agree(self, undone: Tensor, expected: Tensor) -> None:
+        """Remember whether undone states of kept units are those that the forward step made.
+
+        States from 2^24 are rounded to float32.
+        """
+        tolerance = (undone.abs() + expected.abs()).mul_(2.0**-23).add_(1.0)
+        self._differing += ((undone - expected).abs() > tolerance).sum()
+
+    def check(self) -> None:
+        """Raise a ReversalError unless all undone states of kept units agreed."""
+        differing = int(self._differing)
+        if differing:
+            raise ReversalError(f"{differing} states of kept units differ from what was kept")
 
     # --- both --------------------------------------------------------------------------------
 
-    def buffer(self, buffer: InformationBuffer, first: int, half: int) -> InformationBuffer:
-        """The buffer of a half for the step that begins at a row, without the kept units."""
-        part = self._parts[half]
-        return buffer if part.start == part.stop else _SlicedBuffer(buffer, self, first, half)
+    def forward_buffer(self, buffer: InformationBuffer, half: int) -> InformationBuffer:
+        """The buffer of a half for a step forward, without the kept units."""
+        return buffer if buffer.fused else _SlicedBuffer(buffer, self, half)
+
+    def reverse_buffer(
+        self, buffer: InformationBuffer, first: int, half: int, rows: int
+    ) -> InformationBuffer:
+        """The same to undo the step of so many rows that begins at a row."""
+        if buffer.fused:
+            self._fill(buffer, half, rows, HIGHEST)  # asks for no word
+            return buffer
+        return _SlicedBuffer(buffer, self, half, self.before(first, rows, half))
 
     def forgetting(self, gates: Tensor, half: int) -> Tensor:
         """The forget gates whose bits are stored: those of all other units, flat."""
@@ -176,16 +217,32 @@ class Slices:
         rest = [gates[:, : columns.start], gates[:, columns.stop :]]
         return torch.cat([part.reshape(-1) for part in rest])
 
+    def _fill(self, buffer: InformationBuffer, half: int, rows: int, value: int) -> None:
+        buffer.state[:rows, self.columns[half]] = value
+
 
 class _SlicedBuffer(InformationBuffer):
-    """A buffer that leaves the kept units of a half out."""
+    """A buffer that leaves the kept units of a half out.
 
-    def __init__(self, buffer: InformationBuffer, slices: Slices, first: int, half: int) -> None:
+    Args:
+        buffer: of all units.
+        slices: of the layer.
+        half: 0 or 1.
+        before: states of the kept units before the step that is to be undone.
+    """
+
+    def __init__(
+        self, buffer: InformationBuffer, slices: Slices, half: int, before: Tensor | None = None
+    ) -> None:
         super().__init__(buffer.state, buffer.words)
         self._buffer = buffer
         self._slices = slices
-        self._step = (first, half)
+        self._before = before
         self._columns = slices.columns[half]
+
+    def _kept(self, gate: Tensor) -> Tensor:
+        """The gates of the kept units, float64."""
+        return gate[:, self._columns].double() / self._buffer.gate_one
 
     def _others(self, gate: Tensor) -> Tensor:
         """The gates, with those of the kept units replaced by one, which changes nothing."""
@@ -195,10 +252,11 @@ class _SlicedBuffer(InformationBuffer):
 
     def multiply_(self, h: Tensor, gate: Tensor) -> None:
         self._buffer.multiply_(h, self._others(gate))
-        factor = gate[:, self._columns].double() / self._buffer.gate_one
-        h[:, self._columns] = (h[:, self._columns] * factor).round_()
+        h[:, self._columns] = (h[:, self._columns] * self._kept(gate)).round_()
 
     def divide_(self, h: Tensor, gate: Tensor) -> None:
+        assert self._before is not None
         self._buffer.divide_(h, self._others(gate))
-        first, half = self._step
-        h[:, self._columns] = self._slices.before(first, len(h), half).to(h.dtype)
+        kept = h[:, self._columns]
+        self._slices.agree(kept, (self._before * self._kept(gate)).round_())
+        kept.copy_(self._before)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from lightning_revflip.reversible.cells import Cell
+from lightning_revflip.reversible.errors import ReversalError
 from lightning_revflip.reversible.layout import Layout
 from lightning_revflip.reversible.products import Products
 from lightning_revflip.reversible.replay import Replay
@@ -30,7 +31,6 @@ from lightning_revflip.reversible.sweep import (
     Gradients,
     HalfStep,
     LayerSweep,
-    ReversalError,
     SweepState,
 )
 from lightning_revflip.reversible.tables import InPlaceGradients
@@ -265,10 +265,10 @@ class StackSweep:
 
     # --- backward ----------------------------------------------------------------------------
 
-    def restore_slices(self, floats: Tensor, residual: Tensor | None) -> None:
+    def restore_slices(self, floats: Tensor) -> None:
         """Take back what `Slices.floats` returned after the forward sweep."""
         assert self.slices is not None
-        self.slices.restore(floats, residual, self._initial_states(False)[-1].halves)
+        self.slices.restore(floats, self._initial_states(False)[-1].halves)
 
     def backward(
         self,
@@ -308,6 +308,8 @@ class StackSweep:
                 begun = self._states_before(segment, starts)
                 for state, start in zip(states, begun, strict=True):
                     state.check_is(start)
+                if self.slices is not None:
+                    self.slices.check()
             except ReversalError as error:
                 raise self._cause(sums, numbers) or error from error
 

@@ -11,24 +11,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_revflip.reversible.buffer import GATE_ONE, InformationBuffer, Words
+from lightning_revflip.reversible.buffer import GATE_ONE, Words
 from lightning_revflip.reversible.cells import Cell, Undone
+from lightning_revflip.reversible.errors import ReversalError
 from lightning_revflip.reversible.products import Products
 from lightning_revflip.reversible.schedule import Chunk, Schedule
 from lightning_revflip.reversible.slices import Slices
-
-
-class ReversalError(RuntimeError):
-    """The backward sweep did not arrive at the state from which the forward sweep started."""
-
-    def __init__(self, found: str) -> None:
-        super().__init__(
-            f"Reversing the recurrence did not restore its initial state: {found}. Its gradients "
-            "would be wrong. Likely causes: a weight, a bias, the input or the initial state was "
-            "changed in place between forward and backward (an optimizer step, weight drop, "
-            "`.data`); the number of threads changed in between; matrix products that are not "
-            "deterministic. Call backward() before you change anything, or clone what you change."
-        )
 
 
 class SweepState:
@@ -236,11 +224,6 @@ class LayerSweep:
         """Both halves' share of weight_ih x + bias, views of shape (chunk rows, gates * half)."""
         return self.products.linear(x, self.weight_ih, self.dtype, self.bias).chunk(2, dim=1)
 
-    def _buffer(self, state: SweepState, half: int, first: int) -> InformationBuffer:
-        """The buffer of a half for the step whose rows begin with `first`."""
-        buffer = state.buffers[half]
-        return buffer if self.slices is None else self.slices.buffer(buffer, first, half)
-
     def forward_chunk(self, chunk: Chunk, x: Tensor, state: SweepState, out: Tensor) -> None:
         """Advance `state` over a chunk.
 
@@ -261,10 +244,12 @@ class LayerSweep:
                 other = outputs[1 - half][:rows]
                 gates = cell.activate(projected[half][step], other, self._hh[half])
                 alive = state.halves[half][:rows]
-                buffer = self._buffer(state, half, chunk.start + step.start)
+                buffer = state.buffers[half]
+                if self.slices is not None:
+                    buffer = self.slices.forward_buffer(buffer, half)
                 new_h = cell.advance(alive, gates, buffer, self.dtype)
                 if self.slices is not None:
-                    self.slices.keep(chunk.start + step.start, half, alive)
+                    self.slices.keep(chunk.start + step.start, half, alive, buffer)
                 outputs[half] = _replace_rows(outputs[half], new_h)
                 out[step, half * cell.half : (half + 1) * cell.half] = outputs[half][:rows]
                 integer = cell.forget_gates(gates)
@@ -327,8 +312,12 @@ class LayerSweep:
                 other = outputs[1 - half][:rows]
                 gates = cell.activate(projected[half][step], other, self._hh[half])
                 alive = state.halves[half][:rows]
-                buffer = self._buffer(state, half, chunk.start + step.start)
+                buffer, first = state.buffers[half], chunk.start + step.start
+                if self.slices is not None:
+                    buffer = self.slices.reverse_buffer(buffer, first, half, rows)
                 undone = cell.reverse_(alive, gates, buffer, self.dtype)
+                if self.slices is not None:
+                    self.slices.put_back(first, half, alive, undone, buffer)
                 outputs[half] = _replace_rows(outputs[half], undone.h)
                 pair[half] = HalfStep(gates, undone, other)
             steps.append((pair[0], pair[1]))

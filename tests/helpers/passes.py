@@ -1,6 +1,6 @@
 """One way to call either layer, and what the tests compare."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -81,6 +81,13 @@ def assert_close(
     assert any(tensor.abs().sum() > 0 for tensor in truth.values())
     errors = {name: relative_error(found[name], truth[name]) for name in truth}
     assert all(error <= tolerance for error in errors.values()), errors  # a NaN fails as well
+
+
+def saved_by(call: Callable[[], Any]) -> tuple[Any, list[Tensor]]:
+    """What `call()` returns, and the tensors that it saves for backward."""
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        return call(), saved
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,9 @@ class ReferenceRNN:
         forgotten: receives the forget gates of every half-step, as integers.
         imposed: forget gates to use instead of the rounded ones, as integers in the order of use.
             A gate that another implementation rounds the other way is no error of its gradients.
+        sliced: the first units of h of the top layer that are kept after every step. Their product
+            with a forget gate is rounded, ties to even; they have no digits in a buffer, and their
+            gates are not among the `forgotten`.
     """
 
     kind: str
@@ -65,9 +68,10 @@ class ReferenceRNN:
     rounding: bool = True
     forgotten: list[Tensor] = field(default_factory=list)
     imposed: Iterator[Tensor] | None = None
+    sliced: int = 0
 
     @classmethod
-    def of(cls, rnn: nn.RNNBase, rounding: bool = True) -> "ReferenceRNN":
+    def of(cls, rnn: nn.RNNBase, rounding: bool = True, sliced: int = 0) -> "ReferenceRNN":
         """With the settings of a RevGRU or RevLSTM."""
         return cls(
             type(rnn).__name__,
@@ -76,6 +80,7 @@ class ReferenceRNN:
             rnn.bidirectional,
             rnn.max_forget_bits,
             rounding,
+            sliced=sliced,
         )
 
     def __call__(
@@ -107,7 +112,8 @@ class ReferenceRNN:
                     if f"{name}_l{layer}{suffix}" in parameters
                 }
                 given = [state[len(finals)] for state in initial]
-                out, final = self._direction(weights, x, given, alive, suffix == "_reverse")
+                sliced = self.sliced if layer == self.num_layers - 1 else 0
+                out, final = self._direction(weights, x, given, alive, suffix == "_reverse", sliced)
                 outputs.append(out)
                 finals.append(final)
             x = torch.cat(outputs, dim=2)
@@ -120,8 +126,11 @@ class ReferenceRNN:
         given: list[Tensor],
         alive: Tensor,
         reverse: bool,
+        sliced: int,
     ) -> tuple[Tensor, list[Tensor]]:
         halves = self._start(x, given)
+        first = min(sliced, self.hidden_size // 2)
+        kept = (first, sliced - first)
         w_ih, w_hh = (weights[name].chunk(2, dim=0) for name in ("weight_ih", "weight_hh"))
         zero = x.new_zeros(len(weights["weight_ih"]))
         bias = (weights.get("bias_ih", zero) + weights.get("bias_hh", zero)).chunk(2)
@@ -131,7 +140,7 @@ class ReferenceRNN:
             for i in (0, 1):
                 projected = x[t] @ w_ih[i].t() + bias[i]
                 other = halves[1 - i].states[0].to(x.dtype)
-                new = self._step(halves[i], other, projected, w_hh[i])
+                new = self._step(halves[i], other, projected, w_hh[i], kept[i])
                 halves[i] = _Half(
                     _where(alive[t], new.states, halves[i].states),
                     _where(alive[t], new.buffers, halves[i].buffers),
@@ -150,8 +159,10 @@ class ReferenceRNN:
             for states in zip(*pairs, strict=True)
         ]
 
-    def _step(self, half: _Half, other: Tensor, projected: Tensor, w_hh: Tensor) -> _Half:
-        """One half-step: the equations of the paper."""
+    def _step(
+        self, half: _Half, other: Tensor, projected: Tensor, w_hh: Tensor, kept: int
+    ) -> _Half:
+        """One half-step: the equations of the paper. `kept`: how many units of h are."""
         size = other.shape[1]
         if self.kind == "RevGRU":
             (h,) = half.states
@@ -159,8 +170,8 @@ class ReferenceRNN:
                 2, dim=1
             )
             g = tanh((r * other) @ w_hh[2 * size :].t() + projected[:, 2 * size :])
-            z = self._forget_gate(s)
-            h, buffer = self._keep(h, z, half.buffers[0])
+            z = self._forget_gate(s, kept)
+            h, buffer = self._keep(h, z, half.buffers[0], kept)
             return _Half([self._fixed(h + self._fixed((1 - z) * g))], [buffer])
         h, c = half.states
         blocks = other @ w_hh.t() + projected
@@ -168,9 +179,9 @@ class ReferenceRNN:
         g = tanh(blocks[:, -size:])
         h_buffer, c_buffer = half.buffers
         if forget:
-            z, p = (self._forget_gate(s) for s in forget)
-            c, c_buffer = self._keep(c, z, c_buffer)
-            h, h_buffer = self._keep(h, p, h_buffer)
+            z, p = (self._forget_gate(s, n) for s, n in zip(forget, (0, kept), strict=True))
+            c, c_buffer = self._keep(c, z, c_buffer, 0)
+            h, h_buffer = self._keep(h, p, h_buffer, kept)
         c = c + self._fixed(f * g)
         h = h + self._fixed(o * tanh(c.to(other.dtype)))
         return _Half([h, c], [h_buffer, c_buffer])
@@ -185,7 +196,7 @@ class ReferenceRNN:
         x = x.double()
         return _ValueOf.apply(x, (x * self.scale).round() / self.scale) if self.rounding else x
 
-    def _forget_gate(self, sigmoid: Tensor) -> Tensor:
+    def _forget_gate(self, sigmoid: Tensor, kept: int) -> Tensor:
         """a + (1 - a) * sigmoid with a = 2^-max_forget_bits."""
         if self.max_forget_bits == 0:
             return sigmoid
@@ -197,10 +208,10 @@ class ReferenceRNN:
         integer = (sigmoid * (1024 * (1 - a)) + 1024 * a).round().clamp(lowest, 1023)
         if self.imposed is not None:
             integer = next(self.imposed)
-        self.forgotten.append(integer.detach().long())
+        self.forgotten.append(integer.detach().long()[:, kept:])
         return _ValueOf.apply(z, integer / 1024)
 
-    def _keep(self, state: Tensor, z: Tensor, buffer: Tensor) -> tuple[Tensor, Tensor]:
+    def _keep(self, state: Tensor, z: Tensor, buffer: Tensor, kept: int) -> tuple[Tensor, Tensor]:
         """`z * state`: with rounding, its last bits are digits of the information buffer."""
         if self.max_forget_bits == 0:
             return state, buffer
@@ -209,11 +220,13 @@ class ReferenceRNN:
             return smooth, buffer
         gate = (z.detach().double() * 1024).round().long()
         integer = (state.detach() * self.scale).round().long()
-        buffer = torch.where(buffer >= gate * 2**21, buffer // 2**16, buffer)
-        digit = buffer % gate
-        product = integer * gate + digit
-        exact = (product // 1024).double()
-        return _ValueOf.apply(smooth, exact / self.scale), buffer // gate * 1024 + product % 1024
+        rounded = ((integer * gate).double() / 1024).round()  # exact, then ties to even
+        digits = torch.where(buffer >= gate * 2**21, buffer // 2**16, buffer)
+        product = integer * gate + digits % gate
+        exact = torch.cat([rounded[:, :kept], (product // 1024).double()[:, kept:]], dim=1)
+        digits = digits // gate * 1024 + product % 1024
+        buffer = torch.cat([buffer[:, :kept], digits[:, kept:]], dim=1)
+        return _ValueOf.apply(smooth, exact / self.scale), buffer
 
 
 def _where(mask: Tensor, new: list[Tensor], old: list[Tensor]) -> list[Tensor]:

@@ -111,3 +111,27 @@ def test_an_ended_sequence_keeps_its_state_and_puts_out_zero():
     assert output[2:, 1].abs().max() == 0
     assert torch.equal(output[:2, 1:], alone)
     assert torch.equal(h_n[:, 1:], alone_h_n)
+
+
+def test_a_kept_unit_is_rounded_to_even_and_leaves_its_buffer_alone():
+    reference = ReferenceRNN("RevLSTM", 8)
+    integers = torch.tensor([[1.0, 3.0, -1.0, -3.0, 2047.0, 3.0]], dtype=torch.float64)
+    half = torch.full_like(integers, 0.5)
+    buffer = torch.full_like(integers, 2**15 + 1).long()
+    product, after = reference._keep(integers / reference.scale, half, buffer, kept=5)
+    assert (product * reference.scale).tolist() == [[0.0, 2.0, 0.0, -2.0, 1024.0, 1.0]]
+    assert torch.equal(after[:, :5], buffer[:, :5])
+    assert after[0, 5] != buffer[0, 5]
+
+
+@pytest.mark.parametrize("sliced", [1, 4, 6, 8])
+@pytest.mark.parametrize("cell", CELLS)
+def test_slicing_changes_low_bits_and_counts_fewer_gates(cell, sliced):
+    rnn = make(cell, 3, 8, 2, dtype=torch.float64)
+    x, weights = normal(20, 4, 3, dtype=torch.float64), dict(rnn.named_parameters())
+    whole, some = ReferenceRNN.of(rnn), ReferenceRNN.of(rnn, sliced=sliced)
+    truth, output = whole(weights, x)[0], some(weights, x)[0]
+    assert 0 < (output - truth).abs().max() < 1e-3
+    assert torch.equal(output[0], truth[0]), "there is nothing to round in a product with zero"
+    fewer = sum(g.numel() for g in whole.forgotten) - sum(g.numel() for g in some.forgotten)
+    assert fewer == 20 * 4 * sliced

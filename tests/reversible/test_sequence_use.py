@@ -193,8 +193,9 @@ def test_arguments_that_are_no_tensors_reach_the_read_out():
     torch.testing.assert_close(3 * one, three)
 
 
-def test_weights_may_be_replaced_for_a_call():
-    sequence = language_model(chunk_steps=3)
+@pytest.mark.parametrize("mode", ["forward", "backward"])
+def test_weights_may_be_replaced_for_a_call(mode):
+    sequence = language_model(chunk_steps=3, gradients=mode)
     args = (tokens(7, 2), None, tokens(7, 2, seed=1))
     dropped = {
         name: F.dropout(parameter, 0.5)

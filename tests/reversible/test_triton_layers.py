@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence
 
-from lightning_revflip.reversible import rnn_base
+from lightning_revflip.reversible import HiddenSlice, ReversibleSequence, rnn_base, sequence
 from lightning_revflip.reversible.autograd import zero_gradients
 from lightning_revflip.reversible.cells import RevGRUCell, RevLSTMCell
+from lightning_revflip.reversible.errors import ReversalError
 from lightning_revflip.reversible.kernels import cuda_graph, fastest
 from lightning_revflip.reversible.products import Products
 from lightning_revflip.reversible.schedule import Schedule
-from lightning_revflip.reversible.sweep import LayerSweep, ReversalError, SweepState
+from lightning_revflip.reversible.sweep import LayerSweep, SweepState
 from tests.helpers.exact_arithmetic import ExactArithmetic
 from tests.helpers.passes import (
     CELLS,
@@ -256,3 +257,35 @@ def test_graphs_are_off_unless_asked_for(kernels, monkeypatch) -> None:
     assert cuda_graph.graphs_enabled(cuda, RevGRUCell(6, 0))
     assert not cuda_graph.graphs_enabled(cuda, RevGRUCell(6, 3.0))
     assert not cuda_graph.graphs_enabled(torch.device("cpu"), cell)
+
+
+# --- kept units ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("units", [3, 7])
+@pytest.mark.parametrize("cell", CELLS)
+def test_kept_units_are_those_of_the_specification(kernels, monkeypatch, cell, units) -> None:
+    found = []
+    for on_kernels in (False, True):
+
+        def chosen(cell: Any, device: Any, dtype: Any, use: bool = on_kernels) -> Any:
+            block = 16 if kernels.device.type == "cpu" else 64
+            sizes = (cell.hidden_size, cell.max_forget_bits)
+            return kernels.cell(cell.name, *sizes, block) if use else cell
+
+        monkeypatch.setattr(sequence, "fastest", chosen)
+        device = kernels.device if on_kernels else torch.device("cpu")
+        rnn = make(cell, 3, 10, 2, max_forget_bits=3.0, forget_bias=-3.0)
+        model = ReversibleSequence(torch.nn.Identity(), rnn, HiddenSlice(units), chunk_steps=2)
+        model.to(device)
+        x = normal(6, 4, 3).to(device).requires_grad_()
+        packed = pack_padded_sequence(x, torch.tensor([6, 1, 3, 6]), enforce_sorted=False)
+        with ExactArithmetic(kernel_sigmoid), recovered_states() as passes:
+            kept, state = model(packed)
+            finals = state if isinstance(state, tuple) else (state,)
+            loss = weighted_sum([tensor.cpu() for tensor in (kept.data, *finals)])
+            grads = gradients(loss, {**dict(model.named_parameters()), "x": x})
+        assert all(recovered.empty for recovered in passes)
+        found.append((kept.data.cpu(), {name: grad.cpu() for name, grad in grads.items()}))
+    torch.testing.assert_close(found[1][0], found[0][0], rtol=0, atol=3e-6)
+    assert_close(found[1][1], found[0][1], 2e-5)

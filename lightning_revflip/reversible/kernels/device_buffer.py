@@ -164,6 +164,8 @@ class DeviceBuffer(InformationBuffer):
         gate_counts: how often each forget gate occurred, shape (1025,), int64.
     """
 
+    fused = True
+
     def __init__(
         self,
         state: Tensor,
