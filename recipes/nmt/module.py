@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.optim import SGD, Adam, Optimizer
@@ -21,6 +22,7 @@ from recipes.nmt.batches import Batch
 from recipes.nmt.bleu import BLEU
 from recipes.nmt.data import ParallelText
 from recipes.nmt.search import Translation, beam_search, greedy_search
+from recipes.nmt.stepwise import Context, Stepwise
 from recipes.nmt.twin import ReversibleTwin
 from recipes.nmt.vocabulary import BEGIN, END, PAD, UNKNOWN
 from recipes.nmt.writer import Translated
@@ -32,17 +34,11 @@ State = Any
 PAPER_RATES = {"LSTM": 1.0, "RevLSTM": 0.5, "GRU": 0.2, "RevGRU": 0.2}
 """Learning rates of SGD by recurrent layer."""
 
-
-class Context(NamedTuple):
-    """What the decoder attends to.
-
-    Attributes:
-        steps: (batch, source steps, features).
-        mask: bool, (batch, source steps), which of them are real.
-    """
-
-    steps: Tensor
-    mask: Tensor
+CHOICES = {"cell": ("lstm", "gru"), "optimizer": ("sgd", "adam"), "memory": ("plain", "sequence")}
+LEAST = {
+    **dict.fromkeys(["embedding_size", "hidden_size", "num_layers", "beam_size"], 1),
+    **{"length_penalty": 0, "max_length_ratio": 0, "max_extra_length": 1},
+}
 
 
 class Scores(nn.Module):
@@ -122,12 +118,14 @@ class Translator(LightningModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
-        if cell not in ("lstm", "gru"):
-            raise ValueError(f"cell must be 'lstm' or 'gru', got {cell!r}.")
-        if optimizer not in ("sgd", "adam"):
-            raise ValueError(f"optimizer must be 'sgd' or 'adam', got {optimizer!r}.")
-        if memory not in ("plain", "sequence"):
-            raise ValueError(f"memory must be 'plain' or 'sequence', got {memory!r}.")
+        for name, (one, other) in CHOICES.items():
+            if self.hparams[name] not in (one, other):
+                raise ValueError(
+                    f"{name} must be {one!r} or {other!r}, got {self.hparams[name]!r}."
+                )
+        for name, least in LEAST.items():
+            if self.hparams[name] < least:
+                raise ValueError(f"{name} must be at least {least}, got {self.hparams[name]}.")
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must be at least 0 and below 1, got {dropout}.")
         if divide_lr_by <= 1:
@@ -245,10 +243,10 @@ class Translator(LightningModule):
             state: of the decoder.
 
         Returns:
-            Logits of the next token, (target steps, batch, V); attention weights,
+            Attentional states, (target steps, batch, H), for `logits`; attention weights,
             (target steps, batch, source steps); and the state.
         """
-        _, embedding, generator = self._vocabulary_layers()
+        _, embedding, _ = self._vocabulary_layers()
         x: Any = self.target_dropout(embedding(tokens))
         if lengths is not None:
             x = pack_padded_sequence(x, torch.tensor(lengths), enforce_sorted=False)
@@ -256,14 +254,18 @@ class Translator(LightningModule):
         if lengths is not None:
             hidden, _ = pad_packed_sequence(hidden, total_length=len(tokens))
         attended, weights = self.attention(hidden, context.steps, context.mask)
-        logits = F.linear(self.output_dropout(attended), generator.weight, generator.bias)
-        return logits, weights, state
+        return attended, weights, state
+
+    def logits(self, attended: Tensor) -> Tensor:
+        """Of the next token, (..., V), from attentional states, (..., H)."""
+        _, _, generator = self._vocabulary_layers()
+        return F.linear(self.output_dropout(attended), generator.weight, generator.bias)
 
     def forward(self, batch: Batch) -> Tensor:
         """Logits of a batch, (target steps, batch, V), by the plain path."""
         context, state = self.encode(batch.source, batch.source_lengths)
-        logits, _, _ = self.decode(batch.target_inputs, batch.target_lengths, context, state)
-        return logits
+        attended, _, _ = self.decode(batch.target_inputs, batch.target_lengths, context, state)
+        return self.logits(attended)
 
     def negative_log_likelihood(self, batch: Batch) -> Tensor:
         """Of all target tokens of a batch, summed, in nats, in either memory mode."""
@@ -276,11 +278,11 @@ class Translator(LightningModule):
 
     @torch.no_grad()
     def translate(self, batch: Batch, beam_size: int = 1) -> list[Translation]:
-        """Translate source sentences, greedily or by beam search; in evaluation mode."""
+        """Translate source sentences, greedily or by beam search; call `eval()` before."""
         context, state = self.encode(batch.source, batch.source_lengths)
         ratio, extra = self.hparams["max_length_ratio"], self.hparams["max_extra_length"]
         limits = [int(ratio * length) + extra for length in batch.source_lengths]
-        arguments = (_Stepwise(self), (context, state), len(limits), BEGIN, END, limits)
+        arguments = (Stepwise(self), (context, state), len(limits), BEGIN, END, limits)
         options: dict[str, Any] = {"forbidden": (PAD, BEGIN), "device": self.device}
         if beam_size == 1:
             return greedy_search(*arguments, **options)
@@ -305,15 +307,11 @@ class Translator(LightningModule):
     # --- steps -------------------------------------------------------------------------------
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        nll, tokens, size = (
-            self.negative_log_likelihood(batch),
-            sum(batch.target_lengths),
-            len(batch.lines),
-        )
-        self.train_perplexity.update(nll, tokens)
-        self.log(
-            "train/perplexity", self.train_perplexity, on_step=False, on_epoch=True, batch_size=size
-        )
+        nll = self.negative_log_likelihood(batch)
+        tokens, size = sum(batch.target_lengths), len(batch.lines)
+        perplexity = self.train_perplexity
+        perplexity.update(nll, tokens)
+        self.log("train/perplexity", perplexity, on_step=False, on_epoch=True, batch_size=size)
         self.log("train/loss", nll / tokens, prog_bar=True, batch_size=size)
         return nll / size
 
@@ -377,8 +375,16 @@ class Translator(LightningModule):
             optimizer = Adam(self.parameters(), 0.002 if lr is None else lr)
         factor = 1.0 / self.hparams["divide_lr_by"]
         plateau = ReduceLROnPlateau(optimizer, factor=factor, patience=0, threshold=0.0)
-        scheduler = {"scheduler": plateau, "monitor": "val/perplexity", "interval": "epoch"}
+        scheduler = {"scheduler": plateau, "monitor": "val/perplexity", "strict": False}
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        """Nothing: Lightning would step after checkpoints are saved, and not after every resume."""
+
+    def on_validation_epoch_end(self) -> None:
+        if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
+            plateau: Any = self.lr_schedulers()
+            plateau.step(self.val_scores.perplexity.compute())
 
     def configure_gradient_clipping(
         self,
@@ -391,22 +397,3 @@ class Translator(LightningModule):
 
     def on_train_epoch_start(self) -> None:
         self.log("train/lr", self.trainer.optimizers[0].param_groups[0]["lr"])
-
-
-class _Stepwise:
-    """A translator as the search wants it; a state is (context, state of the decoder)."""
-
-    def __init__(self, model: Translator) -> None:
-        self._model = model
-
-    def step(self, tokens: Tensor, state: Any) -> tuple[Tensor, Any]:
-        context, before = state
-        logits, _, after = self._model.decode(tokens.unsqueeze(0), None, context, before)
-        return logits[0].float().log_softmax(-1), (context, after)
-
-    def select(self, state: Any, rows: Tensor) -> Any:
-        context, recurrent = state
-        chosen = Context(context.steps[rows], context.mask[rows])
-        if isinstance(recurrent, Tensor):
-            return chosen, recurrent[:, rows]
-        return chosen, tuple(part[:, rows] for part in recurrent)
