@@ -19,6 +19,7 @@ from typing import NoReturn
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_revflip import __version__
 
@@ -86,6 +87,7 @@ class RevflipCLI(LightningCLI):
     """
 
     def __init__(self, args: Sequence[str] | None = None, run: bool = True) -> None:
+        self._arguments = sys.argv[1:] if args is None else list(args)
         super().__init__(
             LightningModule,
             LightningDataModule,
@@ -98,6 +100,30 @@ class RevflipCLI(LightningCLI):
             args=None if args is None else list(args),
             run=run,
         )
+
+    def _parse_ckpt_path(self) -> None:
+        """Take hyperparameters from a checkpoint, but not those that the command line names.
+
+        LightningCLI lets the checkpoint win over `--model.lr=1` without a word.
+        """
+        given = self.config.clone()
+        super()._parse_ckpt_path()
+        for argument in self._arguments:
+            name, _, _ = argument.partition("=")
+            if name.startswith("--model."):
+                option = name.removeprefix("--model.").removeprefix("init_args.")
+                key = f"{self.config.subcommand}.model.init_args.{option}"
+                if key in given:
+                    self.config[key] = given[key]
+
+    def before_instantiate_classes(self) -> None:
+        """Warn where a model that nobody trained is about to be used."""
+        evaluating = self.subcommand in ("validate", "test", "predict")
+        if evaluating and not self.config[self.subcommand].get("ckpt_path"):
+            rank_zero_warn(
+                f"revflip {self.subcommand} uses the weights that the model starts with: there is "
+                "no --ckpt_path with trained ones."
+            )
 
 
 def main(args: Sequence[str] | None = None) -> None:

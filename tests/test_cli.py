@@ -100,7 +100,8 @@ def test_run_records_its_configuration_seed_and_versions(run_folder):
 
 def test_fit_logs_to_wandb_offline(tmp_path):
     revflip("fit", *SMALL, configs=("base", "small", "lstm", "rev3"))
-    wandb.teardown()  # finishes the run and waits until W&B's own process has written its file
+    wandb.finish()  # so that a later test in this process begins a run of its own
+    wandb.teardown()  # waits until W&B's own process has written its file
     (folder,) = (tmp_path / "runs" / "wandb").glob("offline-run-*")
     images = {path.name.rsplit("_", 2)[0] for path in folder.rglob("*.png")}
     assert images == {"bits_per_layer", "forget_gates"}

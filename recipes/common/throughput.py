@@ -12,7 +12,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 class TokensPerSecond(Callback):
     """Logs `tokens_per_second`: targets trained on by all processes, over the last few batches.
 
-    Time spent on validation does not count. The batch must have an attribute `targets`.
+    Time spent on validation does not count. The batch must have an attribute `targets`; where it
+    has `target_lengths` as well, padding does not count.
 
     Args:
         batches: number of batches over which the rate is taken.
@@ -30,7 +31,9 @@ class TokensPerSecond(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._ends.append((perf_counter(), batch.targets.numel() * trainer.world_size))
+        lengths = getattr(batch, "target_lengths", None)
+        targets = batch.targets.numel() if lengths is None else sum(lengths)
+        self._ends.append((perf_counter(), targets * trainer.world_size))
         if len(self._ends) > 1:
             (start, _), *_, (end, _) = self._ends
             tokens = sum(count for _, count in list(self._ends)[1:])

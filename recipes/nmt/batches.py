@@ -66,6 +66,22 @@ def collate(pairs: Sequence[Pair]) -> Batch:
     )
 
 
+def select(batch: Batch, sentences: Sequence[int]) -> Batch:
+    """Some sentences of a batch, by their columns, without padding that none of them needs."""
+    wanted = list(sentences)
+    source_lengths = tuple(batch.source_lengths[i] for i in wanted)
+    target_lengths = tuple(batch.target_lengths[i] for i in wanted)
+    source_steps, target_steps = max(source_lengths), max(target_lengths)
+    return Batch(
+        batch.source[:source_steps, wanted],
+        source_lengths,
+        batch.target_inputs[:target_steps, wanted],
+        batch.targets[:target_steps, wanted],
+        target_lengths,
+        tuple(batch.lines[i] for i in wanted),
+    )
+
+
 def columns(sentences: Sequence[Sequence[int]]) -> Tensor:
     """Sentences as columns filled up with `PAD`: int64, shape (longest length, sentences)."""
     rows = torch.full((len(sentences), max(map(len, sentences))), PAD, dtype=torch.int64)

@@ -185,8 +185,12 @@ class ParallelText(LightningDataModule):
             rank_zero_info(f"Text: {self._corpus.description}")
         return self._corpus
 
+    def sources(self, split: str) -> list[str]:
+        """The source lines of `val` or `test` as they stand in the file, in its order."""
+        return self._read(split)[0]
+
     def references(self, split: str) -> list[str]:
-        """The target lines of `val` or `test` as they stand in the file, in its order."""
+        """The target lines, likewise."""
         return self._read(split)[1]
 
     @property

@@ -10,10 +10,9 @@ from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from torch import Tensor
 
 from recipes.common.figures import WITH_FIGURES, log_figure
-from recipes.nmt.batches import Batch
+from recipes.nmt.batches import Batch, select
 from recipes.nmt.data import ParallelText
 from recipes.nmt.module import Translator
-from recipes.nmt.vocabulary import END
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -56,7 +55,8 @@ class TranslationSamples(Callback):
 
     After every validation, for WandbLogger and TensorBoardLogger: `nmt/translations` (a table, or
     text) and `nmt/attention` (a heat map). Does nothing with another logger. The sentences are
-    always the first of the first batch. Needs matplotlib.
+    always the first of the batch in the middle, which is neither of short sentences nor of long
+    ones. Needs matplotlib.
 
     Args:
         count: number of sentences.
@@ -78,53 +78,33 @@ class TranslationSamples(Callback):
     ) -> None:
         loggers = [logger for logger in trainer.loggers if isinstance(logger, WITH_FIGURES)]
         data = trainer.datamodule  # type: ignore[attr-defined]
-        if batch_idx or trainer.sanity_checking or not trainer.is_global_zero or not loggers:
+        middle = trainer.num_val_batches[dataloader_idx] // 2
+        if batch_idx != middle or trainer.sanity_checking or not trainer.is_global_zero:
+            return
+        if not loggers:
             return
         if not isinstance(pl_module, Translator) or not isinstance(data, ParallelText):
             raise TypeError(
                 "TranslationSamples shows what a Translator does with a ParallelText, got "
                 f"{type(pl_module).__name__} and {type(data).__name__}."
             )
-        few = first_sentences(batch, self.count)
+        few = select(batch, range(min(self.count, len(batch.lines))))
         translations = [translation.tokens for translation in pl_module.translate(few)]
         weights = pl_module.attention_weights(few, translations)
+        vocabulary, tokenizer = data.target_vocabulary, data.target_tokenizer
+        words = [vocabulary.decode(tokens) for tokens in translations]
         rows = [
-            [
-                data.source_tokenizer.detokenize(sentence(few.source, column, data, source=True)),
-                data.target_tokenizer.detokenize(data.target_vocabulary.decode(tokens)),
-                data.references("val")[line],
-            ]
-            for column, (tokens, line) in enumerate(zip(translations, few.lines, strict=True))
+            [data.sources("val")[line], tokenizer.detokenize(found), data.references("val")[line]]
+            for line, found in zip(few.lines, words, strict=True)
         ]
-        target = data.target_vocabulary.decode(translations[0])
-        source = [*sentence(few.source, 0, data, source=True), "<eos>"]
+        source = [*data.source_tokenizer.tokenize(rows[0][0]), "<eos>"]
         for logger in loggers:
             if isinstance(logger, WandbLogger):
                 logger.log_table("nmt/translations", COLUMNS, rows, step=trainer.global_step)
             elif isinstance(logger, TensorBoardLogger):
-                text = "\n".join(" | ".join(row) for row in [COLUMNS, ["---"] * 3, *rows])
+                escaped = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+                text = "\n".join(" | ".join(row) for row in [COLUMNS, ["---"] * 3, *escaped])
                 logger.experiment.add_text("nmt/translations", text, trainer.global_step)
-            if target:
-                figure = attention_figure(weights[0], source, target)
+            if words[0]:
+                figure = attention_figure(weights[0], source, words[0])
                 log_figure(logger, "nmt/attention", figure, trainer.global_step)
-
-
-def first_sentences(batch: Batch, count: int) -> Batch:
-    """The first sentences of a batch."""
-    source_lengths, target_lengths = batch.source_lengths[:count], batch.target_lengths[:count]
-    target = (slice(0, max(target_lengths)), slice(0, count))
-    return Batch(
-        batch.source[: max(source_lengths), :count],
-        source_lengths,
-        batch.target_inputs[target],
-        batch.targets[target],
-        target_lengths,
-        batch.lines[:count],
-    )
-
-
-def sentence(tokens: Tensor, column: int, data: ParallelText, *, source: bool) -> list[str]:
-    """The words of a column of a batch, without the end."""
-    vocabulary = data.source_vocabulary if source else data.target_vocabulary
-    numbers = tokens[:, column].tolist()
-    return vocabulary.decode(numbers[: numbers.index(END)])

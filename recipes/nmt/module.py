@@ -24,7 +24,8 @@ from recipes.nmt.data import ParallelText
 from recipes.nmt.search import Translation, beam_search, greedy_search
 from recipes.nmt.stepwise import Context, Stepwise
 from recipes.nmt.twin import ReversibleTwin
-from recipes.nmt.vocabulary import BEGIN, END, PAD, UNKNOWN
+from recipes.nmt.unknown import copy_unknown
+from recipes.nmt.vocabulary import BEGIN, END, PAD
 from recipes.nmt.writer import Translated
 
 State = Any
@@ -72,7 +73,7 @@ class Translator(LightningModule):
         hidden_size: units of encoder and decoder, per layer.
         num_layers: of encoder and decoder.
         context: what attention sees of a source step: `hidden` (all units of the top layer),
-            `slice:k` (the first k), `embedding`, or `embedding+slice:k`.
+            `slice:k` (the first k), `embedding`, or both, as `embedding+slice:k`.
         dropout: of both embeddings, between layers, and before the generator.
         optimizer: `sgd` or `adam`.
         lr: learning rate, for a loss that is summed over tokens and averaged over sentences. None:
@@ -324,18 +325,12 @@ class Translator(LightningModule):
     def predict_step(self, batch: Batch, batch_idx: int) -> Translated:
         """Translate lines; an unknown word becomes the source word that it attended to most."""
         data = self._data()
-        translations = [t.tokens for t in self.translate(batch, self.hparams["beam_size"])]
-        weights = self.attention_weights(batch, translations)
-        texts = []
-        for line, tokens, seen in zip(batch.lines, translations, weights, strict=True):
-            words = data.target_vocabulary.decode(tokens)
-            source = data.source_tokenizer.tokenize(data.input_lines[line])
-            if source:
-                closest = seen[:, : len(source)].argmax(1).tolist()
-                for place, (token, step) in enumerate(zip(tokens, closest, strict=True)):
-                    if token == UNKNOWN:
-                        words[place] = source[step]
-            texts.append(data.target_tokenizer.detokenize(words) if source else "")
+        found = [t.tokens for t in self.translate(batch, self.hparams["beam_size"])]
+        words = [data.target_vocabulary.decode(tokens) for tokens in found]
+        sources = [data.source_tokenizer.tokenize(data.input_lines[line]) for line in batch.lines]
+        copy_unknown(self, batch, found, words, sources)
+        texts = [data.target_tokenizer.detokenize(tokens) for tokens in words]
+        texts = [text if source else "" for text, source in zip(texts, sources, strict=True)]
         return Translated(batch.lines, texts)
 
     def _evaluate(self, split: str, scores: Scores, batch: Batch, beam_size: int) -> None:
