@@ -1,6 +1,6 @@
 """Translation of Multi30k at a fixed budget: reversible models beside ordinary ones.
 
-    python -m benchmarks.nmt_quality [--epochs 6] [--lr 0.001] [--cells lstm revlstm gru revgru]
+    python -m benchmarks.nmt_quality [--epochs 10] [--lr 0.001] [--cells lstm revlstm gru revgru]
 
 Runs `revflip fit`, then `revflip test` on the best checkpoint, with the recipe's configurations at
 the paper's size: ordinary models attend to all units, reversible ones to the embedding and 20
@@ -11,7 +11,9 @@ in `--folder`, where `benchmarks.translation` finds them; those that are there a
 
 import argparse
 import csv
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -41,7 +43,7 @@ def command(task: str, cell: str, options: argparse.Namespace) -> list[str]:
         "--model.init_args.optimizer=adam",
         f"--model.init_args.lr={options.lr}",
         "--trainer.num_sanity_val_steps=0",
-        "--trainer.accelerator=cpu",
+        f"--trainer.accelerator={options.accelerator}",
         "--data.source=multi30k",
         f"--data.pair={options.pair}",
         f"--data.min_count={options.min_count}",
@@ -56,8 +58,13 @@ def command(task: str, cell: str, options: argparse.Namespace) -> list[str]:
 
 def best_checkpoint(cell: str, folder: Path) -> Path:
     """The checkpoint with the lowest validation perplexity."""
-    (best,) = folder.glob(f"{cell}/fit/checkpoints/epoch*.ckpt")
-    return best
+    found = sorted(folder.glob(f"{cell}/fit/checkpoints/epoch*.ckpt"))
+    if len(found) != 1:
+        raise SystemExit(
+            f"{folder / cell}/fit/checkpoints holds {len(found)} checkpoints of an epoch, one is "
+            "expected. Run python -m benchmarks.nmt_quality with this --folder."
+        )
+    return found[0]
 
 
 def column(path: Path, name: str) -> list[tuple[int, float]]:
@@ -92,27 +99,56 @@ def draw(rows: list[dict[str, Any]]) -> Figure:
     return figure
 
 
+def settings(options: argparse.Namespace) -> dict[str, Any]:
+    """What decides the results of a training."""
+    return {n: getattr(options, n) for n in ("size", "epochs", "lr", "pair", "min_count")}
+
+
+def is_done(task: str, cell: str, options: argparse.Namespace) -> bool:
+    """Whether this was run to its end before; an error if it was with other settings."""
+    marker = options.folder / cell / f"{task}.json"
+    if not marker.exists():
+        return False
+    found = json.loads(marker.read_text())
+    if found != settings(options):
+        raise SystemExit(
+            f"{marker} was run with {found}, not with {settings(options)}. Give another --folder."
+        )
+    return True
+
+
 def run_all(task: str, options: argparse.Namespace) -> None:
     """All trainings or tests, one thread each, as many at a time as there are processors."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    waiting = [c for c in options.cells if not (options.folder / c / task / "metrics.csv").exists()]
-    running: list[subprocess.Popen[bytes]] = []
-    while waiting or running:
-        while waiting and len(running) < (os.cpu_count() or 1):
-            call = command(task, waiting.pop(0), options)
-            running.append(subprocess.Popen(call, env=environment, stdout=subprocess.DEVNULL))
-        if running.pop(0).wait() != 0:
-            raise SystemExit(f"a {task} failed, see above")
+    waiting = [cell for cell in options.cells if not is_done(task, cell, options)]
+    running: list[tuple[str, subprocess.Popen[bytes]]] = []
+    try:
+        while waiting or running:
+            while waiting and len(running) < (os.cpu_count() or 1):
+                cell = waiting.pop(0)
+                shutil.rmtree(options.folder / cell / task, ignore_errors=True)  # what was cut off
+                call = command(task, cell, options)
+                process = subprocess.Popen(call, env=environment, stdout=subprocess.DEVNULL)
+                running.append((cell, process))
+            cell, process = running[0]
+            if process.wait() != 0:
+                raise SystemExit(f"the {task} of {cell} failed, see above")
+            running.pop(0)
+            (options.folder / cell / f"{task}.json").write_text(json.dumps(settings(options)))
+    finally:
+        for _, process in running:
+            process.terminate()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
     add("--size", choices=("paper", "small"), default="paper")
-    add("--epochs", type=int, default=6)
+    add("--epochs", type=int, default=10)
     add("--lr", type=float, default=0.001)
     add("--pair", default="de-en")
     add("--min-count", type=int, default=2, help="occurrences of a word that gets a number")
+    add("--accelerator", default="auto", help="of the trainings, as a Trainer takes it")
     add("--cells", nargs="+", choices=CELLS, default=list(CELLS))
     add("--folder", type=Path, default=Path("runs/nmt_quality"), help="where trainings are kept")
     add("--output", default="nmt_quality", help="name of the results file")
@@ -126,8 +162,7 @@ def main() -> None:
         if plain is not row:
             row["test_bleu_difference"] = row["test_bleu"] - plain["test_bleu"]
         print({key: value for key, value in row.items() if not key.startswith("val_")})
-    settings = {n: getattr(options, n) for n in ("size", "epochs", "lr", "pair", "min_count")}
-    print(measure.write(options.output, rows, **settings))
+    print(measure.write(options.output, rows, **settings(options)))
     draw(rows).savefig(f"recipes/nmt/{options.output}.png", dpi=100)
 
 

@@ -102,19 +102,20 @@ class RevflipCLI(LightningCLI):
         )
 
     def _parse_ckpt_path(self) -> None:
-        """Take hyperparameters from a checkpoint, but not those that the command line names.
+        """Take from a checkpoint the arguments of the model that no configuration names.
 
-        LightningCLI lets the checkpoint win over `--model.lr=1` without a word.
+        LightningCLI lets the checkpoint win over `--model.lr=1` without a word. What is null in a
+        configuration is taken from the checkpoint as well: sizes that a model learned from its
+        data, for example.
         """
         given = self.config.clone()
         super()._parse_ckpt_path()
-        for argument in self._arguments:
-            name, _, _ = argument.partition("=")
-            if name.startswith("--model."):
-                option = name.removeprefix("--model.").removeprefix("init_args.")
-                key = f"{self.config.subcommand}.model.init_args.{option}"
-                if key in given:
-                    self.config[key] = given[key]
+        if self.config.get("subcommand"):
+            prefix = f"{self.config.subcommand}.model.init_args"
+            named = self.parser.parse_args(self._arguments, defaults=False).get(prefix)
+            for name, value in vars(named).items() if named else ():
+                if value is not None and f"{prefix}.{name}" in self.config:
+                    self.config[f"{prefix}.{name}"] = given[f"{prefix}.{name}"]
 
     def before_instantiate_classes(self) -> None:
         """Warn where a model that nobody trained is about to be used."""

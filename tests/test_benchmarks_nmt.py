@@ -94,6 +94,9 @@ def test_the_table_shows_every_model(rows):
 # --- quality ---------------------------------------------------------------------------------
 
 
+SETTINGS = {"size": "paper", "epochs": 10, "lr": 0.001, "pair": "de-en", "min_count": 2}
+
+
 @pytest.fixture
 def trained(tmp_path):
     """What trainings and tests of two cells leave behind."""
@@ -102,6 +105,8 @@ def trained(tmp_path):
             ("fit", [(9, 20.0, 10.0), (19, 10.0, 25.0)]),
             ("test", [(20, 9.0, bleu)]),
         ):
+            (tmp_path / cell).mkdir(exist_ok=True)
+            (tmp_path / cell / f"{task}.json").write_text(json.dumps(SETTINGS))
             part = "val" if task == "fit" else "test"
             names = ["step", *(f"{part}/{n}" for n in ("perplexity", "bleu", "bleu_tokenized"))]
             folder = tmp_path / cell / task
@@ -129,9 +134,28 @@ def test_quality_reads_curves_and_test_scores_and_compares_them(trained, monkeyp
     assert (tmp_path / "recipes" / "nmt" / "nmt_quality.png").stat().st_size > 1000
 
 
+def test_trainings_with_other_settings_are_not_taken_for_these(trained, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["x", f"--folder={trained}", "--epochs=3", "--cells", "lstm"])
+    threads = torch.get_num_threads()
+    with pytest.raises(SystemExit, match=r"fit.json was run with .*'epochs': 10.*another --folder"):
+        nmt_quality.main()
+    torch.set_num_threads(threads)
+
+
+def test_a_training_without_its_one_checkpoint_is_named(trained):
+    with pytest.raises(SystemExit, match=r"lstm/fit/checkpoints holds 0 checkpoints.*Run python"):
+        nmt_quality.best_checkpoint("lstm", trained)
+
+
 def test_quality_trains_as_a_user_would():
     options = argparse.Namespace(
-        size="paper", epochs=2, lr=0.1, pair="de-en", min_count=2, folder="runs"
+        size="paper",
+        epochs=2,
+        lr=0.1,
+        pair="de-en",
+        min_count=2,
+        folder="runs",
+        accelerator="auto",
     )
     call = nmt_quality.command("fit", "revgru", options)
     configs = [part.split("/")[-1] for part in call if part.startswith("--config")]

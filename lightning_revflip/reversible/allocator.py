@@ -23,6 +23,8 @@ class AllocatedBytes(NamedTuple):
 def allocated_bytes(run: Callable[[], object], device_type: str) -> AllocatedBytes:
     """Count the bytes that a call allocates, beyond those that were allocated before.
 
+    What it frees of these is deducted: let a training step start without gradients.
+
     On a CPU by the profiler's memory events, on CUDA by the allocator's statistics, of which the
     peak is reset.
 

@@ -180,6 +180,9 @@ class InformationBuffer:
     fused = False
     """Whether the cell's kernels work on `state` themselves, shape (batch, units)."""
 
+    kept_units = 0
+    """How many of the first units of h such kernels leave out of their count of gates."""
+
     def __init__(self, state: Tensor, words: WordStream | None) -> None:
         self.state = state
         self.words = words

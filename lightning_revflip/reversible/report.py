@@ -196,7 +196,7 @@ class MemoryReport:
 
     @property
     def information_savings(self) -> float:
-        """The same for the forgotten information and slices: how the paper counts.
+        """The same for the forgotten information in place of what is stored of it.
 
         No lossless buffer can reach more.
         """
@@ -245,22 +245,23 @@ def memory_report(module: nn.Module, step: Callable[[], object] | None = None) -
             `report.within("encoder")` is the one half.
         step: a training step of the whole model, forward and backward. It is run once, and the
             bytes that torch's allocator needs for it at its peak are reported as `peak_bytes`:
-            everything counts that did not exist before, gradients included.
+            everything counts that did not exist before, gradients included. Start it without
+            gradients: what it frees would be deducted.
 
     Raises:
         ValueError: if `module` holds no reversible layer.
         RuntimeError: if none of them has run yet.
     """
-    peak = None
-    if step is not None:
-        device = next(module.parameters()).device.type
-        peak = allocated_bytes(step, device).peak
     recorded = [(name, part) for name, part in module.named_modules() if isinstance(part, Recorded)]
     if not recorded:
         raise ValueError(
             f"{type(module).__name__} holds no reversible layer. Build it with RevGRU or RevLSTM, "
             "or convert it with lightning_revflip.convert or the ReversibleRNN callback."
         )
+    peak = None
+    if step is not None:
+        device = next(module.parameters()).device.type
+        peak = allocated_bytes(step, device).peak
     layers = [
         LayerReport.of(".".join(filter(None, (name, layer))), last)
         for name, part in recorded

@@ -137,9 +137,8 @@ class RevDecoder(nn.Module):
     Args:
         embedding: called with target tokens, returns the input of the recurrent layer.
         rnn: a RevGRU or RevLSTM of one or more layers, not bidirectional.
-        attention: called as `LuongAttention` is.
-        generator: makes the summed loss from attentional states and targets, and logits by its
-            method `logits`.
+        attention: for the rnn's hidden_size and the encoder's `context_size`.
+        generator: makes the summed loss of attentional states and targets, and their logits.
         dropout: between attention and generator; None: nothing.
         chunk_steps: time steps in a chunk; None: as many as fit `memory_budget`.
         read_out_steps: time steps that attention and generator get at a time; None: a chunk, or
@@ -182,6 +181,20 @@ class RevDecoder(nn.Module):
     ) -> None:
         super().__init__()
         check_rnns([rnn])
+        for name, module, kind in (
+            ("attention", attention, LuongAttention),
+            ("generator", generator, LinearCrossEntropy),
+        ):
+            if not isinstance(module, kind):
+                raise ValueError(
+                    f"{name} must be a {kind.__name__} or a subclass, got {type(module).__name__}."
+                )
+        if attention.query.in_features != rnn.hidden_size:
+            raise ValueError(
+                f"the rnn has {rnn.hidden_size} hidden units, the attention takes "
+                f"{attention.query.in_features}. Use LuongAttention(rnn.hidden_size, "
+                "encoder.context_size)."
+            )
         self.sequence = ReversibleSequence(
             embedding,
             rnn,
@@ -228,6 +241,11 @@ class RevDecoder(nn.Module):
             end of a sequence. Then the final state.
         """
         attention = self.read_out.attention
+        if not isinstance(source, SourceContext | PaddedContext):
+            raise ValueError(
+                f"source must be what an encoder returned first, got {type(source).__name__}. Call "
+                "decoder(tokens, targets, source, state, lengths)."
+            )
         if source.size != attention.context_size:
             raise ValueError(
                 f"the source has a context of {source.size} features, the attention takes "

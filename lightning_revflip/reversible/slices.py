@@ -166,6 +166,9 @@ class Slices:
     ) -> None:
         """Replace what kernels made of the kept units when they undid a half-step.
 
+        There nothing is compared, as `agree` does elsewhere: that weights have changed shows in
+        the other units.
+
         Args:
             first: row at which the step begins.
             half: 0 or 1.
@@ -200,7 +203,10 @@ class Slices:
 
     def forward_buffer(self, buffer: InformationBuffer, half: int) -> InformationBuffer:
         """The buffer of a half for a step forward, without the kept units."""
-        return buffer if buffer.fused else _SlicedBuffer(buffer, self, half)
+        if not buffer.fused:
+            return _SlicedBuffer(buffer, self, half)
+        buffer.kept_units = len(range(*self._parts[half].indices(self.units)))
+        return buffer
 
     def reverse_buffer(
         self, buffer: InformationBuffer, first: int, half: int, rows: int

@@ -109,8 +109,8 @@ class SourceContext:
         if training_flags(plan.fronts[0]) != self.modes:
             raise ValueError(
                 "The encoder's embedding is in another mode now than when it read the source, so "
-                "that its dropout would differ. Call train() or eval() before the encoder, not "
-                "between encoder and decoder."
+                "that its dropout would differ. Call train() or eval() before the encoder, and not "
+                "before its context has been used."
             )
         size = plan.schedule.chunk_steps
         parts = []

@@ -7,10 +7,12 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from recipes.nmt.vocabulary import BEGIN, END, PAD
 
+LONG_LINE = 1000  # tokens
 POOL = 100  # batches that are sorted by length together
 
 
@@ -80,6 +82,31 @@ def select(batch: Batch, sentences: Sequence[int]) -> Batch:
         target_lengths,
         tuple(batch.lines[i] for i in wanted),
     )
+
+
+def warn_of_long_lines(pairs: Sequence[Pair]) -> None:
+    """Say which lines will take long to translate."""
+    for pair in pairs:
+        if len(pair.source) > LONG_LINE:
+            rank_zero_warn(
+                f"Line {pair.line + 1} has {len(pair.source):,} tokens. Time grows with the square "
+                "of the length of a line: give one sentence per line."
+            )
+
+
+def parts(batch: Batch, padded_tokens: int) -> Iterator[Batch]:
+    """A batch in parts that hold so many source tokens, padding included, or one sentence.
+
+    So one very long sentence does not make all others of its batch as long.
+    """
+    order = sorted(range(len(batch.lines)), key=lambda i: batch.source_lengths[i])
+    part: list[int] = []
+    for sentence in order:
+        if part and batch.source_lengths[sentence] * (len(part) + 1) > padded_tokens:
+            yield select(batch, part)
+            part = []
+        part.append(sentence)
+    yield select(batch, part)
 
 
 def columns(sentences: Sequence[Sequence[int]]) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
 
-from recipes.nmt.batches import Batches, BucketSampler, Pair
+from recipes.nmt.batches import Batches, BucketSampler, Pair, warn_of_long_lines
 from recipes.nmt.corpus import (
     Lines,
     ParallelCorpus,
@@ -325,6 +325,7 @@ class ParallelText(LightningDataModule):
         pairs = [
             Pair(number, source.encode(tokenizer.tokenize(line)), []) for number, line in lines
         ]
+        warn_of_long_lines(pairs)
         return self._batches(pairs, train=False)
 
     def _evaluation(self, split: str) -> Batches:

@@ -18,7 +18,7 @@ from torchmetrics import MeanMetric
 from lightning_revflip.reversible import LinearCrossEntropy, LuongAttention
 from lightning_revflip.reversible.attention import ContextSpec
 from recipes.common.perplexity import Perplexity
-from recipes.nmt.batches import Batch
+from recipes.nmt.batches import Batch, parts
 from recipes.nmt.bleu import BLEU
 from recipes.nmt.data import ParallelText
 from recipes.nmt.search import Translation, beam_search, greedy_search
@@ -34,6 +34,9 @@ State = Any
 
 PAPER_RATES = {"LSTM": 1.0, "RevLSTM": 0.5, "GRU": 0.2, "RevGRU": 0.2}
 """Learning rates of SGD by recurrent layer."""
+
+PADDED_TOKENS = 10_000
+"""Source tokens, padding included, that `predict` translates together."""
 
 CHOICES = {"cell": ("lstm", "gru"), "optimizer": ("sgd", "adam"), "memory": ("plain", "sequence")}
 LEAST = {
@@ -324,14 +327,21 @@ class Translator(LightningModule):
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Translated:
         """Translate lines; an unknown word becomes the source word that it attended to most."""
+        lines: tuple[int, ...] = ()
+        texts: list[str] = []
+        for part in parts(batch, PADDED_TOKENS):
+            lines += part.lines
+            texts += self._texts(part)
+        return Translated(lines, texts)
+
+    def _texts(self, batch: Batch) -> list[str]:
         data = self._data()
         found = [t.tokens for t in self.translate(batch, self.hparams["beam_size"])]
         words = [data.target_vocabulary.decode(tokens) for tokens in found]
         sources = [data.source_tokenizer.tokenize(data.input_lines[line]) for line in batch.lines]
         copy_unknown(self, batch, found, words, sources)
         texts = [data.target_tokenizer.detokenize(tokens) for tokens in words]
-        texts = [text if source else "" for text, source in zip(texts, sources, strict=True)]
-        return Translated(batch.lines, texts)
+        return [text if source else "" for text, source in zip(texts, sources, strict=True)]
 
     def _evaluate(self, split: str, scores: Scores, batch: Batch, beam_size: int) -> None:
         data, size = self._data(), len(batch.lines)

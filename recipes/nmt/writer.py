@@ -70,10 +70,16 @@ class TranslationWriter(Callback):
                     f"{self.path} exists"
                     + (" and is not a file. " if not regular else ". ")
                     + "Give TranslationWriter another path"
-                    + (", or overwrite=True to replace it." if regular else ".")
+                    + (
+                        ", or overwrite=True (--trainer.callbacks.overwrite=true) to replace it."
+                        if regular
+                        else "."
+                    )
                 )
             if trainer.is_global_zero:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
+        elif trainer.progress_bar_callback is not None:
+            trainer.progress_bar_callback.disable()  # it would stand among the translations
         self._expected = len(lines)
         self._collected = []
         self._written = False

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from recipes.nmt.batches import Batches, BucketSampler, Pair, collate
+from recipes.nmt.batches import Batches, BucketSampler, Pair, collate, parts, warn_of_long_lines
 from recipes.nmt.data import ParallelText
 from recipes.nmt.vocabulary import BEGIN, END, PAD
 
@@ -316,3 +316,21 @@ def test_two_processes_divide_the_sentences_under_the_default_ddp_strategy(tmp_p
     assert ranks[0]["pairs0"] == ranks[1]["pairs0"] == [[11]]
     tested = [batch for rank in ranks for kind in rank if "test" in kind for batch in rank[kind]]
     assert sorted(line for batch in tested for line in batch) == list(range(7))
+
+
+@given(
+    lengths=st.lists(st.integers(0, 30), min_size=1, max_size=20), padded_tokens=st.integers(1, 90)
+)
+def test_parts_of_a_batch_hold_every_sentence_once_and_few_tokens(lengths, padded_tokens):
+    batch = collate([Pair(i, [5] * length, []) for i, length in enumerate(lengths)])
+    found = list(parts(batch, padded_tokens))
+    assert sorted(line for part in found for line in part.lines) == list(batch.lines)
+    for part in found:
+        assert part.source_lengths == tuple(lengths[line] + 1 for line in part.lines)
+        assert part.source.shape == (max(part.source_lengths), len(part.lines))
+        assert part.source.numel() <= padded_tokens or len(part.lines) == 1
+
+
+def test_long_lines_are_named():
+    with pytest.warns(UserWarning, match=r"Line 8 has 1,001 tokens.*one sentence per line"):
+        warn_of_long_lines([Pair(3, [5] * 1000, []), Pair(7, [5] * 1001, [])])

@@ -155,12 +155,31 @@ def test_checkpoint_brings_the_sizes_of_the_vocabularies(run):
     assert checkpoint["hyper_parameters"]["source_vocab_size"] == len(words)
 
 
-@pytest.mark.parametrize("args", [["--model.beam_size=1"], ["--model.memory=plain"]])
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["--model.beam_size=1"],
+        ["--model.init_args.beam_size", "1"],
+        ['--model.init_args={"beam_size": 1}'],
+        ["--config=beam.yaml"],
+    ],
+)
 def test_arguments_of_the_model_can_be_changed_after_training(run, tmp_path, args):
+    (tmp_path / "beam.yaml").write_text("model:\n  init_args:\n    beam_size: 1\n")
     revflip("test", *from_run(run), *args)
     record = yaml.safe_load((tmp_path / "runs/nmt/version_0/config.yaml").read_text())
-    name, value = args[0].removeprefix("--model.").split("=")
-    assert str(record["model"]["init_args"][name]) == value
+    assert record["model"]["init_args"]["beam_size"] == 1
+    assert record["model"]["init_args"]["hidden_size"] == 20  # from the checkpoint or the run
+
+
+def test_the_checkpoint_gives_what_no_configuration_names(run, tmp_path):
+    configs = (f"--config={CONFIGS / name}.yaml" for name in ("base", "rev3", "csv", "plain"))
+    data = yaml.safe_load((run / "config.yaml").read_text())["data"]["init_args"]
+    files = (f"--data.{name}={value}" for name, value in data.items() if value is not None)
+    revflip("test", *configs, *files, f"--ckpt_path={random_checkpoint(run)}")
+    record = yaml.safe_load((tmp_path / "runs/nmt/version_0/config.yaml").read_text())
+    assert record["model"]["init_args"]["hidden_size"] == 20
+    assert record["model"]["init_args"]["memory"] == "plain"
 
 
 # --- predict ---------------------------------------------------------------------------------
@@ -252,6 +271,14 @@ def test_predict_and_test_need_no_training_text(tmp_path):
     Path("input").write_text("eins zwei\nZebra\n")
     predict(run, "--data.input=input", "--trainer.callbacks.path=output")
     assert Path("output").read_text().count("\n") == 2
+
+
+def test_without_a_path_nothing_but_translations_is_printed(run, tmp_path, capfd):
+    (tmp_path / "in.txt").write_text("one\n\ntwo hundred\n", encoding="utf-8")
+    predict(run, "--data.input=in.txt", "--trainer.callbacks.path=out.txt")
+    capfd.readouterr()
+    predict(run, "--data.input=in.txt")
+    assert capfd.readouterr().out == (tmp_path / "out.txt").read_text(encoding="utf-8")
 
 
 # --- loggers ---------------------------------------------------------------------------------

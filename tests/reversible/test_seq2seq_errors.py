@@ -181,3 +181,21 @@ def test_a_mode_that_changes_between_encoder_and_decoder():
         model.decoder(*arguments)
     model.train()
     model.decoder(*arguments)[0].backward()
+
+
+def test_attention_and_generator_of_another_kind_or_size():
+    embedding, rnn = nn.Embedding(TARGET_WORDS, FEATURES), RevLSTM(FEATURES, HIDDEN)
+    attention, generator = LuongAttention(HIDDEN, 4), LinearCrossEntropy(HIDDEN, TARGET_WORDS)
+    with pytest.raises(ValueError, match="generator must be a LinearCrossEntropy.*got Linear"):
+        RevDecoder(embedding, rnn, attention, nn.Linear(HIDDEN, TARGET_WORDS))
+    with pytest.raises(ValueError, match="attention must be a LuongAttention.*got Identity"):
+        RevDecoder(embedding, rnn, nn.Identity(), generator)
+    with pytest.raises(ValueError, match=f"rnn has {HIDDEN} hidden units, the attention takes 12"):
+        RevDecoder(embedding, rnn, LuongAttention(12, 4), generator)
+
+
+def test_source_and_state_in_the_wrong_order():
+    model, data = translator(), batch()
+    source, state = model.encoder(data.source, data.source_lengths)
+    with pytest.raises(ValueError, match=r"source must be what an encoder returned.*got tuple"):
+        model.decoder(data.tokens, data.targets, state, source, data.target_lengths)

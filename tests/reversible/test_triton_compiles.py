@@ -16,7 +16,7 @@ POINTERS = {
 }
 """Others are float32."""
 NUMBERS = {
-    **dict.fromkeys(("count", "half", "stride", "capacity", "lowest", "blocks"), "i32"),
+    **dict.fromkeys(("count", "half", "stride", "capacity", "lowest", "kept", "blocks"), "i32"),
     **dict.fromkeys(("scale", "offset", "slope"), "fp32"),
 }
 CONSTANTS: dict[str, Any] = {"BLOCK": 256, "STATES": 2, "STORE": True, "ONE": float(1 << 20)}

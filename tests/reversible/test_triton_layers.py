@@ -286,6 +286,9 @@ def test_kept_units_are_those_of_the_specification(kernels, monkeypatch, cell, u
             loss = weighted_sum([tensor.cpu() for tensor in (kept.data, *finals)])
             grads = gradients(loss, {**dict(model.named_parameters()), "x": x})
         assert all(recovered.empty for recovered in passes)
-        found.append((kept.data.cpu(), {name: grad.cpu() for name, grad in grads.items()}))
+        counts = [last.gate_counts.cpu() for last in rnn.last_passes.values()]
+        grads = {name: grad.cpu() for name, grad in grads.items()}
+        found.append((kept.data.cpu(), grads, torch.stack(counts).sum(dim=1)))
     torch.testing.assert_close(found[1][0], found[0][0], rtol=0, atol=3e-6)
     assert_close(found[1][1], found[0][1], 2e-5)
+    assert torch.equal(found[1][2], found[0][2])

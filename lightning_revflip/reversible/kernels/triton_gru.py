@@ -58,7 +58,7 @@ def update(z, g, ONE: tl.constexpr):
     return rounded((1.0 - z.to(tl.float32) * (1.0 / 1024.0)) * g * ONE)
 
 
-@triton.jit(do_not_specialize=["count", "capacity"])
+@triton.jit(do_not_specialize=["count", "capacity", "kept"])
 def gru_forward(
     act,
     candidate,
@@ -78,11 +78,12 @@ def gru_forward(
     scale,
     offset,
     lowest,
+    kept,
     ONE: tl.constexpr,
     STORE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """H <- z * h + (1 - z) * g; new_h is h as floats."""
+    """H <- z * h + (1 - z) * g; new_h is h as floats. The first `kept` units are not counted."""
     row, column, alive = units_of_program(count, half, BLOCK)
     at = row * half + column
     act += row * 2 * half + column
@@ -90,7 +91,8 @@ def gru_forward(
     s, g, bad = activations(act, candidate + at, projected, half, alive)
     raise_flag(flags, NOT_FINITE, bad)
     z = limited(s, scale, offset, lowest)
-    tl.atomic_add(gate_counts + z, tl.full(z.shape, 1, tl.int64), mask=alive, sem="relaxed")
+    counted = alive & (column >= kept)
+    tl.atomic_add(gate_counts + z, tl.full(z.shape, 1, tl.int64), mask=counted, sem="relaxed")
 
     h = tl.load(state + at, mask=alive, other=0)
     b = tl.load(buffer + at, mask=alive, other=LOWEST)

@@ -47,7 +47,7 @@ def activations(act, projected, half, alive):
     return sigmoid(z), sigmoid(p), sigmoid(f), sigmoid(o), tanh(g), bad
 
 
-@triton.jit(do_not_specialize=["count", "capacity"])
+@triton.jit(do_not_specialize=["count", "capacity", "kept"])
 def lstm_forward(
     act,
     projected,
@@ -66,11 +66,15 @@ def lstm_forward(
     scale,
     offset,
     lowest,
+    kept,
     ONE: tl.constexpr,
     STORE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """C <- z * c + f * g; h <- p * h + o * tanh(c); new_h is h as floats."""
+    """C <- z * c + f * g; h <- p * h + o * tanh(c); new_h is h as floats.
+
+    The h of the first `kept` units is not counted.
+    """
     row, column, alive = units_of_program(count, half, BLOCK)
     act += row * 5 * half + column
     s_z, s_p, f, o, g, bad = activations(act, projected + row * stride + column, half, alive)
@@ -78,7 +82,8 @@ def lstm_forward(
     z = limited(s_z, scale, offset, lowest)
     p = limited(s_p, scale, offset, lowest)
     tl.atomic_add(gate_counts + z, tl.full(z.shape, 1, tl.int64), mask=alive, sem="relaxed")
-    tl.atomic_add(gate_counts + p, tl.full(p.shape, 1, tl.int64), mask=alive, sem="relaxed")
+    counted = alive & (column >= kept)
+    tl.atomic_add(gate_counts + p, tl.full(p.shape, 1, tl.int64), mask=counted, sem="relaxed")
 
     at_c = row * 2 * half + column
     at_h = at_c + half
