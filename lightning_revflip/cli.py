@@ -108,14 +108,16 @@ class RevflipCLI(LightningCLI):
         configuration is taken from the checkpoint as well: sizes that a model learned from its
         data, for example.
         """
+        subcommand = self.config.get("subcommand")
+        if subcommand is None or not self.config[subcommand].get("ckpt_path"):
+            return
         given = self.config.clone()
         super()._parse_ckpt_path()
-        if self.config.get("subcommand"):
-            prefix = f"{self.config.subcommand}.model.init_args"
-            named = self.parser.parse_args(self._arguments, defaults=False).get(prefix)
-            for name, value in vars(named).items() if named else ():
-                if value is not None and f"{prefix}.{name}" in self.config:
-                    self.config[f"{prefix}.{name}"] = given[f"{prefix}.{name}"]
+        prefix = f"{subcommand}.model.init_args"
+        named = self.parser.parse_args(self._arguments, defaults=False).get(prefix)
+        for name, value in vars(named).items() if named else ():
+            if value is not None and f"{prefix}.{name}" in self.config:
+                self.config[f"{prefix}.{name}"] = given[f"{prefix}.{name}"]
 
     def before_instantiate_classes(self) -> None:
         """Warn where a model that nobody trained is about to be used."""

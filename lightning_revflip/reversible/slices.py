@@ -167,7 +167,7 @@ class Slices:
         """Replace what kernels made of the kept units when they undid a half-step.
 
         There nothing is compared, as `agree` does elsewhere: that weights have changed shows in
-        the other units.
+        the other units, and not at all where all units of a RevGRU are kept.
 
         Args:
             first: row at which the step begins.
@@ -178,11 +178,10 @@ class Slices:
         """
         if not buffer.fused:
             return  # a _SlicedBuffer did so already
-        rows, part = len(state), self._parts[half]
+        rows = len(state)
         before = self.before(first, rows, half)
         state[:, self.columns[half]] = before.to(state.dtype)
-        width = part.stop - part.start
-        undone.h[:, :width] = self.cell.fixed_point.to_float(before, undone.h.dtype)
+        undone.h[:, : self._width(half)] = self.cell.fixed_point.to_float(before, undone.h.dtype)
         self._fill(buffer, half, rows, LOWEST)
 
     def agree(self, undone: Tensor, expected: Tensor) -> None:
@@ -203,9 +202,10 @@ class Slices:
 
     def forward_buffer(self, buffer: InformationBuffer, half: int) -> InformationBuffer:
         """The buffer of a half for a step forward, without the kept units."""
-        if not buffer.fused:
+        if buffer.fused:
+            buffer.kept_units = self._width(half)
+        elif self._width(half):
             return _SlicedBuffer(buffer, self, half)
-        buffer.kept_units = len(range(*self._parts[half].indices(self.units)))
         return buffer
 
     def reverse_buffer(
@@ -214,14 +214,19 @@ class Slices:
         """The same to undo the step of so many rows that begins at a row."""
         if buffer.fused:
             self._fill(buffer, half, rows, HIGHEST)  # asks for no word
-            return buffer
-        return _SlicedBuffer(buffer, self, half, self.before(first, rows, half))
+        elif self._width(half):
+            return _SlicedBuffer(buffer, self, half, self.before(first, rows, half))
+        return buffer
 
     def forgetting(self, gates: Tensor, half: int) -> Tensor:
         """The forget gates whose bits are stored: those of all other units, flat."""
         columns = self.columns[half]
         rest = [gates[:, : columns.start], gates[:, columns.stop :]]
         return torch.cat([part.reshape(-1) for part in rest])
+
+    def _width(self, half: int) -> int:
+        """How many units of a half are kept."""
+        return self._parts[half].stop - self._parts[half].start
 
     def _fill(self, buffer: InformationBuffer, half: int, rows: int, value: int) -> None:
         buffer.state[:rows, self.columns[half]] = value
