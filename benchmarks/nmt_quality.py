@@ -1,6 +1,8 @@
 """Translation of Multi30k at a fixed budget: reversible models beside ordinary ones.
 
     python -m benchmarks.nmt_quality [--epochs 10] [--lr 0.001] [--cells lstm revlstm gru revgru]
+    python -m benchmarks.nmt_quality --source numbers --pair en-de --size small --epochs 4 \\
+        --lr 0.002 --folder runs/nmt_numbers --output nmt_numbers
 
 Runs `revflip fit`, then `revflip test` on the best checkpoint, with the recipe's configurations at
 the paper's size: ordinary models attend to all units, reversible ones to the embedding and 20
@@ -25,6 +27,7 @@ from matplotlib.figure import Figure
 from benchmarks import measure
 
 CONFIGS = Path("recipes/nmt/configs")
+SETTINGS = ("source", "pair", "min_count", "size", "epochs", "lr")
 CELLS = {
     "lstm": ["lstm"],
     "revlstm": ["lstm", "emb20h", "rev3"],
@@ -44,7 +47,7 @@ def command(task: str, cell: str, options: argparse.Namespace) -> list[str]:
         f"--model.init_args.lr={options.lr}",
         "--trainer.num_sanity_val_steps=0",
         f"--trainer.accelerator={options.accelerator}",
-        "--data.source=multi30k",
+        f"--data.source={options.source}",
         f"--data.pair={options.pair}",
         f"--data.min_count={options.min_count}",
         f"--trainer.logger.init_args.save_dir={options.folder}",
@@ -78,8 +81,9 @@ def read(cell: str, folder: Path) -> dict[str, Any]:
     """Curves and last figures of a cell."""
     fit, test = (folder / cell / task / "metrics.csv" for task in ("fit", "test"))
     found: dict[str, Any] = {"cell": cell}
-    found |= {f"val_{n}": column(fit, f"val/{n}") for n in ("perplexity", "bleu", "bleu_tokenized")}
-    for name in ("perplexity", "bleu", "bleu_tokenized"):
+    names = ("perplexity", "bleu", "bleu_tokenized", "exact_match")
+    found |= {f"val_{name}": column(fit, f"val/{name}") for name in names}
+    for name in names:
         ((_, found[f"test_{name}"]),) = column(test, f"test/{name}")
     return found
 
@@ -101,7 +105,7 @@ def draw(rows: list[dict[str, Any]]) -> Figure:
 
 def settings(options: argparse.Namespace) -> dict[str, Any]:
     """What decides the results of a training."""
-    return {n: getattr(options, n) for n in ("size", "epochs", "lr", "pair", "min_count")}
+    return {n: getattr(options, n) for n in SETTINGS}
 
 
 def is_done(task: str, cell: str, options: argparse.Namespace) -> bool:
@@ -146,6 +150,7 @@ def main() -> None:
     add("--size", choices=("paper", "small"), default="paper")
     add("--epochs", type=int, default=10)
     add("--lr", type=float, default=0.001)
+    add("--source", choices=("multi30k", "numbers"), default="multi30k")
     add("--pair", default="de-en")
     add("--min-count", type=int, default=2, help="occurrences of a word that gets a number")
     add("--accelerator", default="auto", help="of the trainings, as a Trainer takes it")

@@ -94,7 +94,10 @@ def test_the_table_shows_every_model(rows):
 # --- quality ---------------------------------------------------------------------------------
 
 
-SETTINGS = {"size": "paper", "epochs": 10, "lr": 0.001, "pair": "de-en", "min_count": 2}
+SETTINGS = {
+    **{"source": "multi30k", "pair": "de-en", "min_count": 2},
+    **{"size": "paper", "epochs": 10, "lr": 0.001},
+}
 
 
 @pytest.fixture
@@ -108,13 +111,14 @@ def trained(tmp_path):
             (tmp_path / cell).mkdir(exist_ok=True)
             (tmp_path / cell / f"{task}.json").write_text(json.dumps(SETTINGS))
             part = "val" if task == "fit" else "test"
-            names = ["step", *(f"{part}/{n}" for n in ("perplexity", "bleu", "bleu_tokenized"))]
+            scores = ("perplexity", "bleu", "bleu_tokenized", "exact_match")
+            names = ["step", *(f"{part}/{score}" for score in scores)]
             folder = tmp_path / cell / task
             folder.mkdir(parents=True)
             with (folder / "metrics.csv").open("w", newline="") as file:
                 writer = csv.writer(file)
                 writer.writerow(names)
-                writer.writerows([step, perplexity, b, b] for step, perplexity, b in rows)
+                writer.writerows([step, perplexity, b, b, 0.5] for step, perplexity, b in rows)
     return tmp_path
 
 
@@ -154,6 +158,7 @@ def test_quality_trains_as_a_user_would():
         lr=0.1,
         pair="de-en",
         min_count=2,
+        source="multi30k",
         folder="runs",
         accelerator="auto",
     )
