@@ -22,7 +22,7 @@ compiled = pytest.mark.skipif(
 
 @compiled
 def test_the_library_is_compiled_where_there_is_a_compiler() -> None:
-    assert native.library() is not None
+    assert native.LIBRARY.available
 
 
 @compiled
@@ -121,25 +121,25 @@ def test_layers_run_on_torch_alone_where_nothing_is_compiled(setting, monkeypatc
         monkeypatch.setenv(name, value)
     code = (
         "import torch; from lightning_revflip.reversible import RevLSTM; "
-        "from lightning_revflip.reversible.kernels.native import library; "
-        "RevLSTM(4, 6)(torch.randn(5, 2, 4))[0].sum().backward(); print(library())"
+        "from lightning_revflip.reversible.kernels.native import LIBRARY; "
+        "RevLSTM(4, 6)(torch.randn(5, 2, 4))[0].sum().backward(); print(LIBRARY.available)"
     )
     run = subprocess.run(
         [sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=120
     )
-    assert run.stdout.strip() == "None"
+    assert run.stdout.strip() == "False"
     assert ("Install a C compiler" in run.stderr) == ("CC" in setting)
 
 
 @compiled
 def test_the_library_is_kept_in_the_cache_folder(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    native.library.cache_clear()
+    native.LIBRARY.unload()
     try:
-        assert native.library() is not None
+        assert native.LIBRARY.available
     finally:
         monkeypatch.undo()
-        native.library.cache_clear()
+        native.LIBRARY.unload()
     (kept,) = (tmp_path / "lightning_revflip").iterdir()
     assert kept.suffix == ".so"
 
@@ -149,9 +149,9 @@ def test_layers_run_where_no_cache_can_be_written(home, monkeypatch) -> None:
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     for name, value in home.items():
         monkeypatch.setenv(name, value)
-    native.library.cache_clear()
+    native.LIBRARY.unload()
     try:
         with pytest.warns(UserWarning, match="run by torch calls alone"):
             RevGRU(4, 6)(torch.randn(5, 2, 4))[0].sum().backward()
     finally:
-        native.library.cache_clear()
+        native.LIBRARY.unload()

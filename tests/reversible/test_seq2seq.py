@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_revflip.reversible.kernels import torch_only
-from lightning_revflip.reversible.kernels.native import library, sigmoid
+from lightning_revflip.reversible.kernels.native import LIBRARY, sigmoid
 from lightning_revflip.reversible.kernels.native_cells import NativeStorage
 from tests.helpers.exact_arithmetic import ExactArithmetic
 from tests.helpers.passes import CELLS, assert_close, gradients, weighted_sum
@@ -95,7 +95,7 @@ def test_gradients_agree_in_many_cases(case):
 @pytest.mark.parametrize("context", CONTEXTS)
 @pytest.mark.parametrize("cell", CELLS)
 def test_float32_gradients_agree(cell, context, implementation):
-    native = implementation == "native" and library() is not None
+    native = implementation == "native" and LIBRARY.available
     with ExitStack() as stack:
         stack.enter_context(patch.object(NativeStorage, "lanes", None))  # as the plain cell has
         stack.enter_context(torch.backends.mkldnn.flags(enabled=False))

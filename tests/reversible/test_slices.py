@@ -20,7 +20,7 @@ from lightning_revflip.reversible import (
 )
 from lightning_revflip.reversible.buffer import information_bits
 from lightning_revflip.reversible.kernels import torch_only
-from lightning_revflip.reversible.kernels.native import library, sigmoid
+from lightning_revflip.reversible.kernels.native import LIBRARY, sigmoid
 from lightning_revflip.reversible.kernels.native_cells import NativeStorage
 from tests.helpers.exact_arithmetic import ExactArithmetic
 from tests.helpers.passes import (
@@ -141,7 +141,7 @@ def test_states_with_more_digits_than_float32_are_recovered(case, precision):
 def assert_agrees(case, scale=1.0):
     """Slices and final states are the plain cell's bit for bit, gradients but for rounding."""
     sequence, x, inputs, states = arranged(case, scale)
-    rnn, native = sequence.rnns[0], case["precision"] == "float32" and library() is not None
+    rnn, native = sequence.rnns[0], case["precision"] == "float32" and LIBRARY.available
     named = dict(rnn.named_parameters()) | {"x": x}
     named |= {f"state_{i}": state for i, state in enumerate(states)}
     with ExitStack() as stack:

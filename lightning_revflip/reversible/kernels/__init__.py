@@ -31,7 +31,7 @@ def _implementations(device: torch.device) -> dict[type[Cell[Any]], type[Cell[An
     if device.type == "cpu":
         from lightning_revflip.reversible.kernels import native, native_cells
 
-        if native.library() is not None:
+        if native.LIBRARY.available:
             return {
                 RevGRUCell: native_cells.NativeGRUCell,
                 RevLSTMCell: native_cells.NativeLSTMCell,
