@@ -1,24 +1,64 @@
 """Swap modules of an ordinary model for others: nn.GRU for RevGRU, wherever they are.
 
+A module is replaced by a new one, or it is upgraded: it stays and takes on another class.
 `convert` changes the model in place and returns what it did as a `ConversionSpec` of plain Python
 values, which a checkpoint can hold; `apply_spec` repeats it on a fresh model, and
 `load_from_checkpoint` does both for a Lightning checkpoint.
 """
 
-import importlib
+import functools
 import threading
+import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from fnmatch import fnmatchcase
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any, Protocol, TypeVar, runtime_checkable
 
 from torch import nn
-from torch.nn.utils import parametrize
 
-Replacement = Callable[..., nn.Module]
-"""A class with `from_standard(module, **kwargs)`, or a function `(module, **kwargs)`, that builds
-the replacement of `module`."""
+from lightning_revflip._conversion_places import (
+    Place,
+    bypassed_notice,
+    check_anything_to_do,
+    check_not_parametrized,
+    check_replaceable,
+    choose,
+    find_places,
+)
+from lightning_revflip._conversion_values import importable, imported, plain, rebuilt
+
+
+@runtime_checkable
+class Upgrade(Protocol):
+    """A class that a module takes on in place, keeping its identity, parameters and hooks.
+
+    These are class methods: `FlipoutLinear.upgrade(linear)` turns an nn.Linear into one.
+    """
+
+    def check_upgrade(self, module: nn.Module, **kwargs: Any) -> None:
+        """Raise ValueError if `module` cannot be upgraded; change nothing."""
+
+    def upgrade(self, module: nn.Module, *, shared: dict[nn.Parameter, Any], **kwargs: Any) -> None:
+        """Give `module` the new class and its further parameters.
+
+        Args:
+            module: one that `check_upgrade` accepted with the same arguments.
+            shared: what has been added to parameters of this model, by parameter. A parameter that
+                is in it is tied to another module and shares what that has; what is new goes in.
+            kwargs: as for `check_upgrade`.
+        """
+
+    def shared_parameters(self, module: nn.Module) -> Mapping[nn.Parameter, Any]:
+        """What an earlier upgrade added to the parameters of `module`, as `upgrade` notes it."""
+
+
+Replacement = Callable[..., nn.Module] | Upgrade
+"""What a rule turns a module into: a class with `from_standard(module, **kwargs)` or a function
+`(module, **kwargs)`, which builds another module for its place, or an `Upgrade`.
+
+It may have two more attributes: `unsupported`, types of modules that `convert` refuses by name, and
+`bypassed`, types of modules that compute with the parameters of their children without calling
+them, so that `convert` leaves these children alone."""
 
 SPEC_KEY = "conversion"
 """Key of a serialised spec in a callback's state."""
@@ -29,16 +69,17 @@ _RECORD = "_lightning_revflip_conversions"
 
 @dataclass(frozen=True)
 class Conversion:
-    """One module that was replaced."""
+    """One module that was replaced or upgraded."""
 
     paths: list[str]
     """All names under which the model holds it; more than one if it is shared."""
     source: str
-    """Importable name of the class that was replaced, `module:qualified name`."""
+    """Importable name of the class that it had, `module:qualified name`."""
     replacement: str
-    """Importable name of what replaced it."""
+    """Importable name of what replaced it, or of its new class."""
     kwargs: dict[str, Any]
-    """Arguments beyond those that the replaced module determines."""
+    """Arguments beyond those that the module determines, as plain Python values. An object is a
+    dict of its `class_path` and `init_args`."""
 
 
 @dataclass(frozen=True)
@@ -68,27 +109,35 @@ def convert(
     strict: bool = True,
     **kwargs: Any,
 ) -> ConversionSpec:
-    """Replace modules in place; device, dtype, train flag and `requires_grad` are kept.
+    """Replace or upgrade modules in place; device, dtype, train flag, `requires_grad` are kept.
 
-    Replacements start from their own initialisation. A module that is used under several names is
-    replaced once and stays shared. Optimizers made before hold the old parameters: convert first.
+    Replacements start from their own initialisation. Upgraded modules keep their identity, their
+    parameters and their hooks; modules with tied parameters stay tied in all of them. A module that
+    is used under several names is converted once and stays shared. Optimizers made before hold the
+    parameters of before: convert first.
 
     Args:
-        module: an ordinary model; it may not itself be of a type in `rules`, since a module cannot
-            replace itself in place.
-        rules: replacement by exact type. Modules that were replaced before are left alone.
+        module: an ordinary model. It may itself be of a type in `rules` if that is upgraded; a
+            module cannot replace itself in place.
+        rules: replacement by exact type. Modules that were converted before are left alone.
         targets: glob patterns of module paths (`"encoder.*"`) or types that choose among the
             modules that the rules cover; None: all.
         strict: raise if a target, or without targets the whole model, has nothing to convert.
-        kwargs: passed to every replacement.
+        kwargs: passed to every replacement. Plain Python values, or objects with
+            `to_config() -> {"class_path": "module:QualName", "init_args": {...}}`, from which
+            `apply_spec` builds them again; that dict can be passed in the object's stead.
 
     Returns:
-        What this call did; no conversions if everything had been replaced before.
+        What this call did; no conversions if everything had been converted before.
 
     Raises:
-        ValueError: naming the path of a module that cannot be replaced, a target that matches
-            nothing that the rules cover, or the types there are if nothing is covered. The model
-            is unchanged then.
+        ValueError: naming the path of a module that cannot be converted, a target that matches
+            nothing that the rules cover, the types there are if nothing is covered, or an argument
+            that cannot be recorded. The model is unchanged then.
+
+    Warns:
+        UserWarning: naming the modules that are left alone because a parent of theirs does not call
+            them, like the `out_proj` of an nn.MultiheadAttention.
 
     Example:
         >>> from lightning_revflip.reversible import RevGRU
@@ -100,23 +149,28 @@ def convert(
     """
     if isinstance(targets, str):
         raise ValueError(f"targets must be a list of patterns or types, got {targets!r}.")
-    places = _places(module)
+    arguments = {name: rebuilt(value) for name, value in kwargs.items()}
+    recorded = {name: plain(value, name) for name, value in arguments.items()}
+    places = find_places(module)
+    chosen, bypassed = choose(places, rules, targets)
     if strict:
-        _check_anything_to_do(module, places, rules, targets)
-    built: list[tuple[_Place, nn.Module, Conversion]] = []
-    for place in places:
-        rule = _rule(place, rules) if _is_target(place, targets) else None
-        if rule is None:
-            continue
-        _check_replaceable(place, places)
-        conversion = Conversion(
-            place.paths, _importable(type(place.module)), _importable(rule), dict(kwargs)
-        )
-        built.append((place, _build(place, rule, kwargs), conversion))
-    for place, replacement, _ in built:
-        _put(module, place.paths, replacement)
-    spec = ConversionSpec([conversion for _, _, conversion in built])
+        check_anything_to_do(module, places, rules, targets)
+    shared = _shared_parameters(module)
+    changes: list[Callable[[], None]] = []
+    conversions = []
+    for place, rule in chosen:
+        check_not_parametrized(place)
+        if not isinstance(rule, Upgrade):
+            check_replaceable(place, places)
+        changes.append(_prepared(module, place, rule, arguments, shared))
+        source, replacement = importable(type(place.module)), importable(rule)
+        conversions.append(Conversion(place.paths, source, replacement, dict(recorded)))
+    for change in changes:
+        change()
+    spec = ConversionSpec(conversions)
     _record(module, spec)
+    if bypassed:
+        warnings.warn(bypassed_notice(bypassed, rules), stacklevel=2)
     return spec
 
 
@@ -126,26 +180,27 @@ def apply_spec(module: nn.Module, spec: ConversionSpec) -> None:
     What was done to this model before, with the same arguments, is not done again.
 
     Raises:
-        ValueError: if a path is missing, or holds a module of another type.
+        ValueError: if a path is missing, or holds a module of another type. What comes before it in
+            the spec has been done and is recorded then.
     """
-    done = []
+    shared = _shared_parameters(module)
     for conversion in spec.conversions:
-        found = dict(module.named_modules(remove_duplicate=False))
-        source = _import(conversion.source)
         if conversion in recorded_spec(module).conversions:
             continue
+        found = {path: place for place in find_places(module) for path in place.paths}
         for path in conversion.paths:
-            if type(found.get(path)) is not source:
+            kind = type(found[path].module) if path in found else None
+            if kind is not imported(conversion.source):
                 raise ValueError(
                     f"the conversion expects a {conversion.source} at {path!r}, found "
-                    f"{type(found[path]).__name__ if path in found else 'nothing'}. "
+                    f"{'nothing' if kind is None else kind.__name__}. "
                     "Build the model with the arguments that it had when it was converted."
                 )
-        place = _Place(conversion.paths, found[conversion.paths[0]])
-        replacement = _build(place, _import(conversion.replacement), conversion.kwargs)
-        _put(module, conversion.paths, replacement)
-        done.append(conversion)
-    _record(module, ConversionSpec(done))
+        place = replace(found[conversion.paths[0]], paths=conversion.paths)
+        rule = imported(conversion.replacement)
+        arguments = {name: rebuilt(value) for name, value in conversion.kwargs.items()}
+        _prepared(module, place, rule, arguments, shared)()
+        _record(module, ConversionSpec([conversion]))
 
 
 def recorded_spec(module: nn.Module) -> ConversionSpec:
@@ -198,131 +253,28 @@ def load_from_checkpoint(cls: type[M], path: str | Path | IO[bytes], **kwargs: A
 _loading = threading.Lock()
 
 
-@dataclass(frozen=True)
-class _Place:
-    """A module and all paths to it."""
-
-    paths: list[str]
-    module: nn.Module
-
-    @property
-    def name(self) -> str:
-        return repr(self.paths[0]) if self.paths[0] else "the model itself"
-
-
-def _places(module: nn.Module) -> list[_Place]:
-    """Every module below and including `module`, once, in order of definition."""
-    places: dict[int, _Place] = {}
-    for path, part in module.named_modules(remove_duplicate=False):
-        places.setdefault(id(part), _Place([], part)).paths.append(path)
-    return list(places.values())
-
-
-def _is_target(place: _Place, targets: Sequence[str | type[nn.Module]] | None) -> bool:
-    return targets is None or any(_matches(place, target) for target in targets)
-
-
-def _matches(place: _Place, target: str | type[nn.Module]) -> bool:
-    if isinstance(target, str):
-        return any(fnmatchcase(path, target) for path in place.paths)
-    return isinstance(place.module, target)
-
-
-def _check_anything_to_do(
-    module: nn.Module,
-    places: list[_Place],
-    rules: Mapping[type[nn.Module], Replacement],
-    targets: Sequence[str | type[nn.Module]] | None,
-) -> None:
-    """Raise if a target, or without targets the model, holds nothing that the rules concern."""
-    kinds = " or ".join(kind.__name__ for kind in rules)
-    unsupported = [kind for rule in rules.values() for kind in getattr(rule, "unsupported", ())]
-    concerned = [place for place in places if isinstance(place.module, (*rules, *unsupported))]
-    concerned += [place for place in places if _is_replacement(place.module, rules)]
-    if targets is None and not concerned:
-        raise ValueError(
-            f"{type(module).__name__} holds no {kinds} to convert. It holds: "
-            f"{', '.join(sorted({type(place.module).__name__ for place in places}))}."
-        )
-    for target in targets or []:
-        if not any(_matches(place, target) for place in concerned):
-            paths = ", ".join(path for place in concerned for path in place.paths) or "none"
-            raise ValueError(
-                f"target {target!r} matches no {kinds}. There are: {paths}. "
-                'A pattern matches whole paths: "encoder.*" means all below encoder.'
-            )
-
-
-def _rule(place: _Place, rules: Mapping[type[nn.Module], Replacement]) -> Replacement | None:
-    """The rule for a module; raises if a rule should cover it but cannot."""
-    module = place.module
-    rule = rules.get(parametrize.type_before_parametrizations(module))
-    if rule is not None:
-        return rule
-    if _is_replacement(module, rules):
-        return None
-    for kind, replacement in rules.items():
-        unsupported = getattr(replacement, "unsupported", ())
-        if isinstance(module, (kind, *unsupported)):
-            raise ValueError(
-                f"{place.name} is a {type(module).__name__}, which "
-                f"{_importable(replacement).split(':')[1]} cannot replace: only {kind.__name__} "
-                "itself is supported. Leave it out by naming the modules to convert in targets."
-            )
-    return None
-
-
-def _is_replacement(module: nn.Module, rules: Mapping[type[nn.Module], Replacement]) -> bool:
-    return any(isinstance(rule, type) and isinstance(module, rule) for rule in rules.values())
-
-
-def _check_replaceable(place: _Place, places: list[_Place]) -> None:
-    """Raise if replacing this module would lose something."""
-    module, kind = place.module, type(place.module).__name__
-    if place.paths[0] == "":
-        raise ValueError(
-            f"the model itself is a {kind}, and a module cannot replace itself in place. Wrap it, "
-            "for example in nn.Sequential or a LightningModule, or build the replacement directly."
-        )
-    if parametrize.is_parametrized(module):
-        raise ValueError(f"{place.name} is parametrized. Convert it first, then parametrize it.")
-    owners = [module, *module.parameters()]
-    hooks = {
-        name
-        for owner in owners
-        for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", *_OTHER_HOOKS)
-        if getattr(owner, name, None)
-    }
-    if hooks:
-        raise ValueError(
-            f"{place.name} has hooks ({', '.join(sorted(hooks))}), which its replacement would "
-            "lose. Register them after the conversion."
-        )
-    own = {id(parameter) for parameter in module.parameters()}
-    for other in places:
-        direct = other.module.parameters(recurse=False)
-        if other.module is not module and any(id(parameter) in own for parameter in direct):
-            raise ValueError(
-                f"{place.name} shares parameters with {other.name}, which its replacement would "
-                "not. Untie them, or leave it out by naming the modules to convert in targets."
-            )
-    if own and not any(parameter.requires_grad for parameter in module.parameters()):
-        raise ValueError(
-            f"{place.name} is frozen (requires_grad=False): its replacement would stay at random "
-            "weights. Leave it out by naming the modules to convert in targets."
-        )
-
-
-_OTHER_HOOKS = ("_backward_pre_hooks", "_post_accumulate_grad_hooks", "_state_dict_hooks")
-
-
-def _build(place: _Place, rule: Replacement, kwargs: Mapping[str, Any]) -> nn.Module:
-    old = place.module
-    build = getattr(rule, "from_standard", rule)
+def _prepared(
+    model: nn.Module,
+    place: Place,
+    rule: Replacement,
+    arguments: Mapping[str, Any],
+    shared: dict[nn.Parameter, Any],
+) -> Callable[[], None]:
+    """The change of one module; what can fail happens now, and the model changes in the call."""
     try:
-        new: nn.Module = build(old, **kwargs)
+        if isinstance(rule, Upgrade):
+            rule.check_upgrade(place.module, **arguments)
+            return functools.partial(rule.upgrade, place.module, shared=shared, **arguments)
+        replacement = _build(place.module, rule, arguments)
     except (ValueError, TypeError) as error:
         raise ValueError(f"cannot convert {place.name}: {error}") from error
+    return functools.partial(_put, model, place.paths, replacement)
+
+
+def _build(old: nn.Module, rule: Replacement, arguments: Mapping[str, Any]) -> nn.Module:
+    """A module that is to stand in the place of `old`."""
+    build: Any = getattr(rule, "from_standard", rule)
+    new: nn.Module = build(old, **arguments)
     like = next((p for p in old.parameters() if p.is_floating_point()), None)
     if like is not None:
         new.to(device=like.device, dtype=like.dtype)
@@ -338,23 +290,15 @@ def _put(module: nn.Module, paths: list[str], replacement: nn.Module) -> None:
         setattr(module.get_submodule(parent), name, replacement)
 
 
+def _shared_parameters(model: nn.Module) -> dict[nn.Parameter, Any]:
+    """What upgrades of this model added before, by the parameter that it was added to."""
+    shared: dict[nn.Parameter, Any] = {}
+    for module in model.modules():
+        kind: Any = type(module)
+        if isinstance(kind, Upgrade):
+            shared.update(kind.shared_parameters(module))
+    return shared
+
+
 def _record(module: nn.Module, spec: ConversionSpec) -> None:
     vars(module)[_RECORD] = recorded_spec(module) + spec
-
-
-def _importable(target: Any) -> str:
-    return f"{target.__module__}:{target.__qualname__}"
-
-
-def _import(name: str) -> Any:
-    module, _, qualname = name.partition(":")
-    target: Any = importlib.import_module(module)
-    try:
-        for part in qualname.split("."):
-            target = getattr(target, part)
-    except AttributeError as error:
-        raise ValueError(
-            f"{name} cannot be imported; a conversion can only be repeated with replacements that "
-            "are defined at the top of a module (not lambdas or local functions)."
-        ) from error
-    return target
