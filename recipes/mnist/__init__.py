@@ -1,0 +1,1 @@
+"""Classifiers of handwritten digits: MNIST, or scikit-learn's small digits where it is missing."""
