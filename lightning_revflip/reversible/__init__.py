@@ -3,6 +3,7 @@
 from lightning_revflip.reversible.attention import LuongAttention
 from lightning_revflip.reversible.cross_entropy import LinearCrossEntropy
 from lightning_revflip.reversible.errors import ReversalError
+from lightning_revflip.reversible.perturbation import RecurrentPerturbation
 from lightning_revflip.reversible.replay import LockedDropout, SequenceNoise
 from lightning_revflip.reversible.report import MemoryReport, memory_report
 from lightning_revflip.reversible.rnn import RevGRU, RevLSTM
@@ -16,6 +17,7 @@ __all__ = [
     "LockedDropout",
     "LuongAttention",
     "MemoryReport",
+    "RecurrentPerturbation",
     "RevDecoder",
     "RevEncoder",
     "RevGRU",

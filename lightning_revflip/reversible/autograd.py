@@ -18,9 +18,10 @@ from torch import Tensor
 from lightning_revflip.reversible.cells import Cell
 from lightning_revflip.reversible.errors import ReversalError
 from lightning_revflip.reversible.kernels.cuda_graph import ChunkReplay, graphs_enabled
+from lightning_revflip.reversible.layer_tensors import Gradients, LayerTensors
 from lightning_revflip.reversible.products import Products
 from lightning_revflip.reversible.schedule import Schedule
-from lightning_revflip.reversible.sweep import Gradients, LayerSweep, SweepState
+from lightning_revflip.reversible.sweep import LayerSweep, SweepState
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,8 @@ class Settings:
 class ReversibleLayer(torch.autograd.Function):
     """Outputs and final states of a layer; see `rnn.py` for how its arguments are made.
 
-    Arguments of `apply`: settings; x, (rows, input_size) or (steps, batch, input_size); weight_ih;
-    weight_hh; bias or None; the initial h (and c), each (batch, hidden_size), or none of them.
+    Arguments of `apply`: settings; x, (rows, input_size) or (steps, batch, input_size); the
+    `LayerTensors` one by one; the initial h (and c), each (batch, hidden_size), or none of them.
     Returns h after every step, shape (rows, hidden_size), then the final h (and c).
     """
 
@@ -50,16 +51,14 @@ class ReversibleLayer(torch.autograd.Function):
         ctx: Any,
         settings: Settings,
         x: Tensor,
-        weight_ih: Tensor,
-        weight_hh: Tensor,
-        bias: Tensor | None,
-        *initial: Tensor,
+        *arguments: Any,
     ) -> tuple[Tensor, ...]:
         cell, schedule = settings.cell, settings.schedule
+        tensors, initial = _split(arguments)
         with torch.autocast(x.device.type, enabled=False):
             # Room for words is guessed where it cannot grow on the way; at worst once in vain.
             for certain in (False, True):
-                layer = _layer(settings, weight_ih, weight_hh, bias)
+                layer = LayerSweep.of(cell, schedule, settings.products, tensors)
                 state = _initial_state(settings, x, initial)
                 state.reserve(len(schedule.batch_sizes), certain)
                 replay = ChunkReplay(layer, state, graphs_enabled(x.device, cell))
@@ -69,16 +68,14 @@ class ReversibleLayer(torch.autograd.Function):
                 if not state.overflowed():
                     break
             if not layer.is_finite(state):
-                raise_not_finite(
-                    {"the input": x, "weight_ih": weight_ih, "weight_hh": weight_hh, "a bias": bias}
-                )
+                raise_not_finite({"the input": x, **tensors.named()})
             settings.on_forward(layer, state)
             if settings.store:
                 ctx.settings = settings
                 ctx.given = len(initial)
-                ctx.save_for_backward(x, weight_ih, weight_hh, bias, *initial, *state.compact())
+                ctx.save_for_backward(x, *arguments, *state.compact())
                 ctx.set_materialize_grads(False)
-            return out, *state.floats(weight_ih.dtype)
+            return out, *state.floats(arguments[0].dtype)
 
     @staticmethod
     def backward(
@@ -92,13 +89,15 @@ class ReversibleLayer(torch.autograd.Function):
                 "be differentiated again (create_graph=True). Use nn.GRU or nn.LSTM for this."
             )
         settings: Settings = ctx.settings
-        x, weight_ih, weight_hh, bias, *rest = saved_tensors(ctx)
+        x, *saved = saved_tensors(ctx)
+        tensors, rest = _split(saved)
         initial, compact = rest[: ctx.given], rest[ctx.given :]
+        needs, _ = _split(ctx.needs_input_grad[2:])
         with torch.autocast(x.device.type, enabled=False):
-            layer = _layer(settings, weight_ih, weight_hh, bias)
+            layer = LayerSweep.of(settings.cell, settings.schedule, settings.products, tensors)
             state = SweepState.from_compact(settings.cell, *compact)
             replay = ChunkReplay(layer, state, graphs_enabled(x.device, settings.cell))
-            grads = zero_gradients(layer, grad_final)
+            grads = zero_gradients(layer, grad_final, bool(needs.delta))
             grad_x = x.new_empty(x.shape) if ctx.needs_input_grad[1] else None
             for chunk in reversed(settings.schedule.chunks()):
                 rows = chunk.rows(x)
@@ -112,9 +111,10 @@ class ReversibleLayer(torch.autograd.Function):
             return (
                 None,
                 grad_x,
-                grads.weight_ih.to(weight_ih.dtype),
-                grads.weight_hh.to(weight_hh.dtype),
-                None if grads.bias is None or bias is None else grads.bias.to(bias.dtype),
+                *(
+                    None if grad is None or tensor is None else grad.to(tensor.dtype)
+                    for grad, tensor in zip(grads.tensors(), tensors, strict=True)
+                ),
                 *(grad.to(given.dtype) for grad, given in zip(states, initial, strict=False)),
             )
 
@@ -136,18 +136,10 @@ def uncompiled(function: Any) -> Any:
     return disable(function)
 
 
-def _layer(
-    settings: Settings, weight_ih: Tensor, weight_hh: Tensor, bias: Tensor | None
-) -> LayerSweep:
-    dtype = settings.products.dtype
-    return LayerSweep(
-        settings.cell,
-        settings.schedule,
-        settings.products,
-        weight_ih.to(dtype),
-        weight_hh.to(dtype),
-        None if bias is None else bias.to(dtype),
-    )
+def _split(arguments: Sequence[Any]) -> tuple[LayerTensors, Sequence[Any]]:
+    """The layer's tensors, and what comes after them."""
+    count = len(LayerTensors._fields)
+    return LayerTensors(*arguments[:count]), arguments[count:]
 
 
 def _initial_state(settings: Settings, x: Tensor, initial: Any) -> SweepState:
@@ -155,8 +147,16 @@ def _initial_state(settings: Settings, x: Tensor, initial: Any) -> SweepState:
     return SweepState.initial(settings.cell, batch, list(initial), x.device, settings.store)
 
 
-def zero_gradients(layer: LayerSweep, grad_final: Sequence[Tensor | None]) -> Gradients:
-    """What a backward sweep accumulates in, given the gradients of the final h (and c)."""
+def zero_gradients(
+    layer: LayerSweep, grad_final: Sequence[Tensor | None], delta: bool = False
+) -> Gradients:
+    """What a backward sweep accumulates in.
+
+    Args:
+        layer: to be swept.
+        grad_final: gradients of the final h (and c), or None.
+        delta: whether that of the perturbation is wanted.
+    """
 
     def zeros(like: Tensor) -> Tensor:
         return torch.zeros_like(like, dtype=layer.dtype)
@@ -172,7 +172,8 @@ def zero_gradients(layer: LayerSweep, grad_final: Sequence[Tensor | None]) -> Gr
     halves = [[part.contiguous() for part in grad.chunk(2, dim=1)] for grad in finals]
     states = [list(parts) for parts in zip(*halves, strict=True)]
     bias = None if layer.bias is None else zeros(layer.bias)
-    return Gradients(zeros(layer.weight_ih), zeros(layer.weight_hh), bias, states)
+    weights = zeros(layer.weight_ih), zeros(layer.weight_hh)
+    return Gradients(*weights, bias, states, zeros(layer.weight_hh) if delta else None)
 
 
 def saved_tensors(ctx: Any) -> tuple[Any, ...]:

@@ -47,6 +47,8 @@ class Pass:
     """Parts of the sequence whose first state is kept; words are those of the last one."""
     gate_counts: Tensor
     """How often each forget gate k/1024 occurred, shape (1025,), int64."""
+    perturbed: bool = False
+    """Whether every sequence had signs of its own, see `RecurrentPerturbation`."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ class LayerReport:
     float_state_bits: int
     """The same states as floats at every step: what the paper compares with."""
     kept_bytes: int
-    """All that the layer keeps for its backward pass beside input and output."""
+    """All that the layer keeps for its backward pass beside input, output and weights."""
     standard_bytes: int
     """The same of nn.GRU or nn.LSTM on this device (a lower bound on accelerators)."""
     chunk_bytes: int
@@ -91,6 +93,7 @@ class LayerReport:
         segment_states = 8 * final_state * (last.segments - 1)
         stored = stored_bits(last.words, last.buffer_states) + segment_states if last.stored else 0
         slices = 8 * max(4, last.element_size) * last.rows * last.sliced_units
+        signs = last.batch * (cell.hidden_size + cell.gate_rows) if last.perturbed else 0
         chunk = last.chunk_rows * (2 * cell.gate_rows + cell.replay_floats * cell.hidden_size)
         return cls(
             name=name,
@@ -99,7 +102,7 @@ class LayerReport:
             slice_bits=slices if last.stored else 0,
             information_bits=information_bits(counts) if last.stored else 0.0,
             float_state_bits=8 * last.element_size * unit_steps,
-            kept_bytes=(stored + slices) // 8 + final_state if last.stored else 0,
+            kept_bytes=(stored + slices) // 8 + final_state + signs if last.stored else 0,
             standard_bytes=last.rows * cell.hidden_size * floats * last.element_size,
             chunk_bytes=chunk * max(4, last.element_size) if last.stored else 0,
             chunk_steps=last.chunk_steps,
@@ -160,7 +163,7 @@ class MemoryReport:
 
     @property
     def kept_bytes(self) -> int:
-        """All that the layers keep for the backward pass beside input and output."""
+        """All that the layers keep for the backward pass beside input, output and weights."""
         return sum(layer.kept_bytes for layer in self.layers)
 
     @property

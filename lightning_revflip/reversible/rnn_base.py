@@ -16,6 +16,8 @@ from typing_extensions import Self
 from lightning_revflip.reversible.autograd import Settings, reversible_layer
 from lightning_revflip.reversible.cells import Cell
 from lightning_revflip.reversible.kernels import fastest
+from lightning_revflip.reversible.layer_tensors import LayerTensors
+from lightning_revflip.reversible.perturbation import RecurrentPerturbation
 from lightning_revflip.reversible.products import Products, onednn_available
 from lightning_revflip.reversible.report import Pass
 from lightning_revflip.reversible.schedule import Schedule
@@ -189,9 +191,11 @@ class ReversibleRNNBase(nn.RNNBase):
         """Outputs and final h (and c) in the caller's layout; `given` as the user passed them."""
         if isinstance(input, PackedSequence):
             x, batch_sizes = input.data, input.batch_sizes.tolist()
-            if input.sorted_indices is not None:
-                given = [state.index_select(1, input.sorted_indices) for state in given]
+            order = input.sorted_indices
+            if order is not None:
+                given = [state.index_select(1, order) for state in given]
         else:
+            order = None
             if input.dim() not in (2, 3):
                 raise ValueError(
                     f"{self.cell.name} expects a 3-dimensional input, a 2-dimensional one without "
@@ -205,7 +209,7 @@ class ReversibleRNNBase(nn.RNNBase):
             batch_sizes = [x.shape[1]] * x.shape[0]
         self._check(x, batch_sizes, given)
 
-        out, finals = self._run_layers(x, batch_sizes, given)
+        out, finals = self._run_layers(x, batch_sizes, given, order)
 
         if isinstance(input, PackedSequence):
             if input.unsorted_indices is not None:
@@ -219,7 +223,7 @@ class ReversibleRNNBase(nn.RNNBase):
         return out, finals
 
     def _run_layers(
-        self, x: Tensor, batch_sizes: list[int], given: list[Tensor]
+        self, x: Tensor, batch_sizes: list[int], given: list[Tensor], order: Tensor | None
     ) -> tuple[Tensor, list[Tensor]]:
         products = _products(x)
         cell = fastest(self.cell, x.device, products.dtype)
@@ -232,7 +236,8 @@ class ReversibleRNNBase(nn.RNNBase):
                 x = torch.cat(outputs, dim=-1) if len(outputs) > 1 else outputs[0]
                 x = F.dropout(x, self.dropout, self.training)
                 outputs = []
-            tensors = [x, *self.effective_weights(suffix), *(state[index] for state in given)]
+            weights = self.layer_tensors(suffix, batch_sizes[0], order)
+            tensors = [x, *weights, *(state[index] for state in given)]
             settings = Settings(
                 cell,
                 Schedule(batch_sizes, chunk_steps, suffix.endswith("_reverse")),
@@ -313,6 +318,44 @@ class ReversibleRNNBase(nn.RNNBase):
             bias = getattr(self, f"bias_ih_{suffix}") + getattr(self, f"bias_hh_{suffix}")
         return getattr(self, f"weight_ih_{suffix}"), getattr(self, f"weight_hh_{suffix}"), bias
 
+    def recurrent_perturbation(
+        self, suffix: str, weight_hh: Tensor, batch: int
+    ) -> RecurrentPerturbation | None:
+        """What to add to the recurrent weights of a layer and direction in this call.
+
+        Called once per layer, direction and call of the module (or of the `ReversibleSequence` that
+        holds it), and not in the backward pass: what it returns holds for both. For subclasses;
+        here it is None, for nothing.
+
+        Args:
+            suffix: of the parameters, for example "l0" or "l1_reverse".
+            weight_hh: the recurrent weights of this call, (gate_rows, hidden_size / 2); a
+                perturbation may depend on them, and pass gradients on to them.
+            batch: sequences; row n of the signs belongs to sequence n of the input.
+        """
+        return None
+
+    def layer_tensors(self, suffix: str, batch: int, order: Tensor | None = None) -> LayerTensors:
+        """All tensors of a layer and direction for one call.
+
+        Args:
+            suffix: of the parameters.
+            batch: sequences.
+            order: which sequence stands in each row of a step, int64; None for the given order.
+
+        Raises:
+            ValueError: for a perturbation that does not fit.
+        """
+        weight_ih, weight_hh, bias = self.effective_weights(suffix)
+        perturbation = self.recurrent_perturbation(suffix, weight_hh, batch)
+        if perturbation is None:
+            return LayerTensors(weight_ih, weight_hh, bias)
+        perturbation.check(f"weight_hh_{suffix}", weight_hh, batch, self.hidden_size)
+        signs = perturbation.signs(order)
+        if signs is None:
+            return LayerTensors(weight_ih, weight_hh + perturbation.delta, bias)
+        return LayerTensors(weight_ih, weight_hh, bias, perturbation.delta, *signs)
+
     def record(
         self,
         suffix: str,
@@ -339,6 +382,7 @@ class ReversibleRNNBase(nn.RNNBase):
             together=together,
             segments=segments,
             gate_counts=counts if state.gate_counts is None else counts + state.gate_counts,
+            perturbed=layer.perturbation is not None,
         )
 
 

@@ -226,7 +226,8 @@ class ReversibleSequence(nn.Module):
         ]
         states = [state] if self.single and state is not None else state
         initial = initial_states(self._rnns, states, layout, template)
-        plan, tensors = self._plan(layout, flat_inputs, flat_args, shared, initial)
+        order = None if template is None else template.sorted_indices
+        plan, tensors = self._plan(layout, order, flat_inputs, flat_args, shared, initial)
         run = uncompiled(ReversibleSequenceFunction.apply)
         outputs: tuple[Tensor, ...] = run(plan, *tensors.flat())
         count = len(outputs) - len(plan.stack.cells) * plan.states
@@ -238,6 +239,7 @@ class ReversibleSequence(nn.Module):
     def _plan(
         self,
         layout: Layout,
+        order: Tensor | None,
         inputs: list[Tensor],
         per_step: list[Tensor | None],
         shared: dict[str, Any],
@@ -247,7 +249,11 @@ class ReversibleSequence(nn.Module):
         fronts = self._fronts()
         modules = Modules(fronts, self.read_out)
         rnns = self._rnns_of_layers()
-        weights: list[Any] = [w for rnn, suffix in rnns for w in rnn.effective_weights(suffix)]
+        weights: list[Any] = [
+            tensor
+            for rnn, suffix in rnns
+            for tensor in rnn.layer_tensors(suffix, layout.batch, order)
+        ]
         parameters = list(modules.names.values())
         constants = {n: v for n, v in shared.items() if not isinstance(v, Tensor)}
         shared_tensors = {n: v for n, v in shared.items() if isinstance(v, Tensor)}

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from lightning_revflip.reversible.autograd import raise_not_finite, zero_gradients
+from lightning_revflip.reversible.layer_tensors import LayerTensors
 from lightning_revflip.reversible.results import Results, checked_result
 from lightning_revflip.reversible.stack_sweep import (
     Leaf,
@@ -35,7 +36,7 @@ class Tensors(NamedTuple):
     parameters: Sequence[MaybeTensor]
     """Of the modules, each once."""
     weights: Sequence[MaybeTensor]
-    """weight_ih, weight_hh, bias or None of each layer in turn."""
+    """The `LayerTensors` of each layer in turn."""
     initial: Sequence[MaybeTensor]
     """h (and c) of each layer in turn, (batch, hidden_size); empty for zero states."""
 
@@ -138,6 +139,7 @@ class SequencePass:
         self.parameters = _leaves(tensors.parameters, needs.parameters, differentiated)
         if not differentiated:
             needs = Tensors.grouped([False] * len(needs.flat()), needs.sizes())
+        self._needs = _by_layer(needs.weights)
         self.shared = _leaves(tensors.shared, needs.shared)
         self.per_step = _zeros(tensors.per_step, needs.per_step)
         self.inputs = _zeros(tensors.inputs, needs.inputs)
@@ -146,7 +148,7 @@ class SequencePass:
         self.tables = InPlaceGradients([(leaf.tensor, leaf.total) for leaf in self._leaves])
         self.stack = StackSweep(
             plan.stack,
-            in_groups(tensors.weights, 3),
+            _by_layer(tensors.weights),
             in_groups(tensors.initial, plan.states) or [[] for _ in plan.stack.cells],
             tensors.inputs,  # type: ignore[arg-type]
             self._leaves,
@@ -257,10 +259,10 @@ class SequencePass:
         if not self.stack.is_finite(states):
             modules = self.plan.modules.names
             named = dict(zip(modules, self.tensors.parameters, strict=True))
-            kinds = ("weight_ih", "weight_hh", "a bias")
-            for number, layer in enumerate(in_groups(self.tensors.weights, 3)):
-                of_layer = (f"{kind} of recurrent layer {number}" for kind in kinds)
-                named |= dict(zip(of_layer, layer, strict=True))
+            for number, layer in enumerate(_by_layer(self.tensors.weights)):
+                named |= {
+                    f"{kind} of recurrent layer {number}": t for kind, t in layer.named().items()
+                }
             named |= {f"inputs[{i}]": part for i, part in enumerate(self.tensors.inputs)}
             raise_not_finite(named)
         self.plan.on_forward(self.stack, states)
@@ -302,10 +304,12 @@ class SequencePass:
         """
         grouped = in_groups(grad_finals, self.plan.states)
         layers = self.stack.layers
-        grads = [zero_gradients(layer, g) for layer, g in zip(layers, grouped, strict=True)]
-
+        grads = [
+            zero_gradients(layer, finals, bool(needs.delta))
+            for layer, finals, needs in zip(layers, grouped, self._needs, strict=True)
+        ]
         self.stack.backward(states, starts, read_out, grads, self.inputs, grad_front)
-        weights = [part for g in grads for part in (g.weight_ih, g.weight_hh, g.bias)]
+        weights = [part for g in grads for part in g.tensors()]
         initial: list[MaybeTensor] = []
         if self.tensors.initial:
             initial = [
@@ -353,6 +357,11 @@ def _zeros(tensors: Sequence[MaybeTensor], needs: Sequence[Any]) -> list[MaybeTe
         torch.zeros_like(tensor) if need and tensor is not None else None
         for tensor, need in zip(tensors, needs, strict=True)
     ]
+
+
+def _by_layer(weights: Sequence[Any]) -> list[LayerTensors]:
+    """Of `Tensors.weights`, or what stands for them."""
+    return [LayerTensors(*group) for group in in_groups(weights, len(LayerTensors._fields))]
 
 
 def in_groups(items: Sequence[Any], size: int) -> list[list[Any]]:

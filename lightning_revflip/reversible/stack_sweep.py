@@ -22,17 +22,13 @@ from torch import Tensor
 
 from lightning_revflip.reversible.cells import Cell
 from lightning_revflip.reversible.errors import ReversalError
+from lightning_revflip.reversible.layer_tensors import Gradients, LayerTensors
 from lightning_revflip.reversible.layout import Layout
 from lightning_revflip.reversible.products import Products
 from lightning_revflip.reversible.replay import Replay
 from lightning_revflip.reversible.schedule import Schedule
 from lightning_revflip.reversible.slices import Slices
-from lightning_revflip.reversible.sweep import (
-    Gradients,
-    HalfStep,
-    LayerSweep,
-    SweepState,
-)
+from lightning_revflip.reversible.sweep import HalfStep, LayerSweep, SweepState
 from lightning_revflip.reversible.tables import InPlaceGradients
 
 Front = Callable[..., Tensor]
@@ -140,7 +136,7 @@ class StackSweep:
 
     Args:
         plan: the settings.
-        weights: weight_ih, weight_hh and bias (or None) of each layer.
+        weights: of each layer.
         initial: h (and c) of each layer, (batch, hidden_size), or nothing for zero.
         inputs: what the first front is called with, in the layout of the plan.
         leaves: of the parameters of the modules.
@@ -150,7 +146,7 @@ class StackSweep:
     def __init__(
         self,
         plan: StackPlan,
-        weights: Sequence[Sequence[Tensor | None]],
+        weights: Sequence[LayerTensors],
         initial: Sequence[Sequence[Tensor]],
         inputs: Sequence[Tensor],
         leaves: Sequence[Leaf],
@@ -161,14 +157,8 @@ class StackSweep:
         self._initial = initial
         self._leaves = leaves
         self._tables = tables
-        dtype = plan.products.dtype
         self.layers = [
-            LayerSweep(
-                cell,
-                plan.schedule,
-                plan.products,
-                *(None if tensor is None else tensor.to(dtype) for tensor in tensors),  # type: ignore[arg-type]
-            )
+            LayerSweep.of(cell, plan.schedule, plan.products, tensors)
             for cell, tensors in zip(plan.cells, weights, strict=True)
         ]
         self._device = self.layers[0].weight_hh.device

@@ -14,7 +14,10 @@ from torch import Tensor
 from lightning_revflip.reversible.buffer import GATE_ONE, Words
 from lightning_revflip.reversible.cells import Cell, Undone
 from lightning_revflip.reversible.errors import ReversalError
+from lightning_revflip.reversible.layer_tensors import Gradients, LayerTensors
+from lightning_revflip.reversible.perturbation import RecurrentPerturbation
 from lightning_revflip.reversible.products import Products
+from lightning_revflip.reversible.recurrent_weights import PerturbedHalfWeights, half_weights
 from lightning_revflip.reversible.schedule import Chunk, Schedule
 from lightning_revflip.reversible.slices import Slices
 
@@ -133,50 +136,12 @@ class SweepState:
             raise ReversalError("the states agree, but the information buffer is not empty")
 
 
-@dataclass
-class Gradients:
-    """Gradients that a backward sweep accumulates, in the dtype of the states."""
-
-    weight_ih: Tensor
-    weight_hh: Tensor
-    bias: Tensor | None
-    states: list[list[Tensor]]
-    """Per half: of h (and c), each (batch, half); of the step that comes next."""
-
-
 class HalfStep(NamedTuple):
     """A half-step that was undone, kept until it is differentiated."""
 
     gates: Any
     undone: Undone
     other: Tensor
-
-
-class HalfWeights:
-    """Recurrent weights of a half-step: implements `cells.Recurrent`.
-
-    Args:
-        weight: (gates * half, half), in the dtype of `products`.
-        sizes: rows of each block.
-        products: how to multiply.
-        dtype: of the results.
-    """
-
-    def __init__(
-        self, weight: Tensor, sizes: list[int], products: Products, dtype: torch.dtype
-    ) -> None:
-        self._products = products
-        self._dtype = dtype
-        self._blocks = torch.split(weight, sizes)
-        self._packed = [products.pack(block) for block in self._blocks]
-
-    def linear(self, x: Tensor, block: int) -> Tensor:
-        """`x @ weight[block].T`."""
-        return self._products.linear(x, self._packed[block], self._dtype)
-
-    def transposed(self, grad: Tensor, block: int) -> Tensor:
-        """`grad @ weight[block]`."""
-        return self._products.linear(grad, self._blocks[block].t(), self._dtype)
 
 
 @dataclass
@@ -190,6 +155,7 @@ class LayerSweep:
         weight_ih: (gate_rows, input_size), like all weights in the dtype of `products`.
         weight_hh: (gate_rows, half).
         bias: (gate_rows,) or None.
+        perturbation: of weight_hh, with signs, or None.
         slices: units that are kept instead of what they forget, or None.
     """
 
@@ -199,6 +165,7 @@ class LayerSweep:
     weight_ih: Tensor
     weight_hh: Tensor
     bias: Tensor | None
+    perturbation: RecurrentPerturbation | None = None
     slices: Slices | None = None
     gate_counts: Tensor = field(init=False)
     """How often each forget gate k/1024 occurred, shape (1025,), int64."""
@@ -207,13 +174,38 @@ class LayerSweep:
         self.gate_counts = torch.zeros(
             GATE_ONE + 1, dtype=torch.int64, device=self.weight_hh.device
         )
-        self._sizes = [blocks * self.cell.half for blocks in self.cell.recurrent_blocks]
-        self._hh = [
-            HalfWeights(half, self._sizes, self.products, self.dtype)
-            for half in self.weight_hh.chunk(2, dim=0)
-        ]
+        sizes = [blocks * self.cell.half for blocks in self.cell.recurrent_blocks]
+        self._hh = half_weights(self.weight_hh, self.perturbation, sizes, self.products, self.dtype)
         # Not finite as soon as one of the numbers in it is not.
         self._checksum = self.weight_hh.sum(dtype=torch.float64)
+        if self.perturbation is not None:
+            self._checksum += self.perturbation.delta.sum(dtype=torch.float64)
+
+    @classmethod
+    def of(
+        cls, cell: Cell[Any], schedule: Schedule, products: Products, tensors: LayerTensors
+    ) -> "LayerSweep":
+        """With tensors as the caller has them, of any dtype.
+
+        Args:
+            cell: settings of the cell.
+            schedule: the steps.
+            products: how to multiply.
+            tensors: the weights, and the perturbation if there is one.
+        """
+        weight_ih, weight_hh, bias, delta, signs_in, signs_out = tensors
+        assert weight_ih is not None
+        assert weight_hh is not None
+        dtype = products.dtype
+        return cls(
+            cell,
+            schedule,
+            products,
+            weight_ih.to(dtype),
+            weight_hh.to(dtype),
+            None if bias is None else bias.to(dtype),
+            None if delta is None else RecurrentPerturbation(delta.to(dtype), signs_in, signs_out),
+        )
 
     @property
     def dtype(self) -> torch.dtype:
@@ -367,16 +359,15 @@ class LayerSweep:
                 ]
                 grads.states[1 - half][0][:rows] += grad_other
                 seen[half].append(cell.recurrent_inputs(gates, other))
-        for half, grad_hh in enumerate(grads.weight_hh.chunk(2, dim=0)):
-            in_row_order = seen[half] if self.schedule.reverse else seen[half][::-1]
-            inputs = [torch.cat(parts) for parts in zip(*in_row_order, strict=True)]
-            for total, grad, seen_by in zip(
-                torch.split(grad_hh, self._sizes),
-                torch.split(halves[half], self._sizes, dim=1),
-                inputs,
-                strict=True,
-            ):
-                self.products.accumulate(total, grad, seen_by)
+        in_row_order = chunk.steps[::-1] if self.schedule.reverse else chunk.steps
+        alive = [step.stop - step.start for step in in_row_order]
+        for half, weights in enumerate(self._hh):
+            seen_in_order = seen[half] if self.schedule.reverse else seen[half][::-1]
+            inputs = [torch.cat(parts) for parts in zip(*seen_in_order, strict=True)]
+            weights.accumulate(grads.weight_hh.chunk(2, dim=0)[half], halves[half], inputs)
+            if grads.delta is not None and isinstance(weights, PerturbedHalfWeights):
+                total = grads.delta.chunk(2, dim=0)[half]
+                weights.accumulate_delta(total, halves[half], inputs, alive)
         self.products.accumulate(grads.weight_ih, grad_projected, x)
         if grads.bias is not None:
             grads.bias += grad_projected.sum(dim=0)

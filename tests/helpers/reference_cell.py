@@ -74,7 +74,7 @@ class ReferenceRNN:
     def of(cls, rnn: nn.RNNBase, rounding: bool = True, sliced: int = 0) -> "ReferenceRNN":
         """With the settings of a RevGRU or RevLSTM."""
         return cls(
-            type(rnn).__name__,
+            rnn.mode,
             rnn.hidden_size,
             rnn.num_layers,
             rnn.bidirectional,
@@ -93,7 +93,8 @@ class ReferenceRNN:
         """Outputs (steps, batch, directions * hidden), zero after the end, and final h (and c).
 
         Args:
-            parameters: under the names of nn.GRU.
+            parameters: under the names of nn.GRU. `weight_hh` may have one more dimension in front:
+                other recurrent weights for each sequence.
             x: (steps, batch, features).
             initial: h_0 (and c_0), each (layers * directions, batch, hidden); none for zero.
             lengths: of each sequence, in any order; None: all of them have all steps.
@@ -131,7 +132,7 @@ class ReferenceRNN:
         halves = self._start(x, given)
         first = min(sliced, self.hidden_size // 2)
         kept = (first, sliced - first)
-        w_ih, w_hh = (weights[name].chunk(2, dim=0) for name in ("weight_ih", "weight_hh"))
+        w_ih, w_hh = (weights[name].chunk(2, dim=-2) for name in ("weight_ih", "weight_hh"))
         zero = x.new_zeros(len(weights["weight_ih"]))
         bias = (weights.get("bias_ih", zero) + weights.get("bias_hh", zero)).chunk(2)
         outputs: list[Tensor] = [x] * len(x)
@@ -166,15 +167,14 @@ class ReferenceRNN:
         size = other.shape[1]
         if self.kind == "RevGRU":
             (h,) = half.states
-            r, s = torch.sigmoid(other @ w_hh[: 2 * size].t() + projected[:, : 2 * size]).chunk(
-                2, dim=1
-            )
-            g = tanh((r * other) @ w_hh[2 * size :].t() + projected[:, 2 * size :])
+            w_rz, w_g = w_hh.split((2 * size, size), dim=-2)
+            r, s = torch.sigmoid(_product(other, w_rz) + projected[:, : 2 * size]).chunk(2, dim=1)
+            g = tanh(_product(r * other, w_g) + projected[:, 2 * size :])
             z = self._forget_gate(s, kept)
             h, buffer = self._keep(h, z, half.buffers[0], kept)
             return _Half([self._fixed(h + self._fixed((1 - z) * g))], [buffer])
         h, c = half.states
-        blocks = other @ w_hh.t() + projected
+        blocks = _product(other, w_hh) + projected
         *forget, f, o = torch.sigmoid(blocks[:, :-size]).split(size, dim=1)
         g = tanh(blocks[:, -size:])
         h_buffer, c_buffer = half.buffers
@@ -227,6 +227,11 @@ class ReferenceRNN:
         digits = digits // gate * 1024 + product % 1024
         buffer = torch.cat([buffer[:, :kept], digits[:, kept:]], dim=1)
         return _ValueOf.apply(smooth, exact / self.scale), buffer
+
+
+def _product(x: Tensor, weight: Tensor) -> Tensor:
+    """`x @ weight.T`, or `x[n] @ weight[n].T` where every row has weights of its own."""
+    return x @ weight.t() if weight.dim() == 2 else torch.einsum("nj,nij->ni", x, weight)
 
 
 def _where(mask: Tensor, new: list[Tensor], old: list[Tensor]) -> list[Tensor]:

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from lightning_revflip.reversible.cells import Cell
+from lightning_revflip.reversible.layer_tensors import Gradients
 from lightning_revflip.reversible.schedule import Chunk
-from lightning_revflip.reversible.sweep import Gradients, LayerSweep, SweepState
+from lightning_revflip.reversible.sweep import LayerSweep, SweepState
 
 
 def graphs_enabled(device: torch.device, cell: Cell[Any]) -> bool:
