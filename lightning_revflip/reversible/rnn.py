@@ -1,6 +1,6 @@
 """`RevGRU` and `RevLSTM`: drop-in replacements for `nn.GRU` and `nn.LSTM`."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
@@ -57,7 +57,7 @@ class RevGRU(ReversibleRNNBase, nn.GRU):
         >>> output.sum().backward()
     """
 
-    unsupported = (nn.RNN, nn.RNNCell, nn.GRUCell)
+    unsupported: ClassVar[tuple[type[nn.Module], ...]] = (nn.RNN, nn.RNNCell, nn.GRUCell)
 
     def _make_cell(self) -> Cell[Any]:
         return RevGRUCell(self.hidden_size, self.max_forget_bits)
@@ -101,7 +101,7 @@ class RevLSTM(ReversibleRNNBase, nn.LSTM):
         (torch.Size([4, 70, 32]), torch.Size([2, 4, 16]), torch.Size([2, 4, 16]))
     """
 
-    unsupported = (nn.RNN, nn.RNNCell, nn.LSTMCell)
+    unsupported: ClassVar[tuple[type[nn.Module], ...]] = (nn.RNN, nn.RNNCell, nn.LSTMCell)
 
     def _make_cell(self) -> Cell[Any]:
         return RevLSTMCell(self.hidden_size, self.max_forget_bits)

@@ -1,0 +1,97 @@
+"""`FlipoutConv1d`, `FlipoutConv2d`, `FlipoutConv3d`: convolutions with perturbed weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_revflip.flipout.layer import Estimator, PerturbedLayer
+from lightning_revflip.flipout.linear_maps import Convolution
+from lightning_revflip.flipout.perturbations import Perturbation
+from lightning_revflip.flipout.perturbed import perturbed_map
+
+
+class _FlipoutConv(PerturbedLayer, nn.modules.conv._ConvNd):
+    """What the three have in common; mixed in before the nn class."""
+
+    def __init__(
+        self,
+        *args: Any,
+        perturbation: Perturbation | None = None,
+        estimator: Estimator = "flipout",
+        base_perturbations: int = 1,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self._perturb(perturbation, estimator, base_perturbations)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """As the plain convolution; an input without a batch dimension is one example."""
+        draws = self.draws()
+        if draws is None:
+            return super().forward(input)  # type: ignore[no-any-return]
+        space = len(self.kernel_size)
+        if input.dim() not in (space + 1, space + 2):
+            raise ValueError(
+                f"{type(self).__name__} takes (examples, channels{', space' * space}) or the "
+                f"same without examples, got shape {tuple(input.shape)}."
+            )
+        batched = input.dim() == space + 2
+        x, padding = self._padded(input if batched else input.unsqueeze(0))
+        convolution = Convolution(self.stride, padding, self.dilation, self.groups)
+        arguments = (draws["weight"], x, self.weight, self.bias, self.spread("weight"))
+        output = perturbed_map(convolution, self.perturbation, *arguments)
+        return output if batched else output.squeeze(0)
+
+    def _padded(self, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+        """The input, and how much of zeros the convolution pads by itself."""
+        if self.padding_mode == "zeros" and not isinstance(self.padding, str):
+            return x, self.padding
+        mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+        return F.pad(x, self._reversed_padding_repeated_twice, mode), (0,) * len(self.kernel_size)
+
+    def reset_parameters(self) -> None:
+        """Draw weights as the plain convolution does, and set the spread to its initial value."""
+        super().reset_parameters()
+        if "noise_source" in vars(self):
+            self._reset_spread()
+
+
+class FlipoutConv1d(_FlipoutConv, nn.Conv1d):
+    """nn.Conv1d with perturbed weights, see `FlipoutConv2d`."""
+
+    unsupported = (nn.ConvTranspose1d,)
+
+
+class FlipoutConv2d(_FlipoutConv, nn.Conv2d):
+    """nn.Conv2d whose weights are perturbed independently for each example.
+
+    Signs belong to an example and a channel, and are constant over space: an example sees one set
+    of weights everywhere (Wen et al., 2018, arXiv 1803.04386). The bias is not perturbed.
+
+    Args:
+        args: arguments of nn.Conv2d.
+        kwargs: the same by name.
+        perturbation: how weights are perturbed; by default `Gaussian()`.
+        estimator: `flipout` or `shared`.
+        base_perturbations: how many independent dW a batch gets.
+
+    Raises:
+        ValueError: for settings that do not fit together, such as local reparameterization.
+
+    Example:
+        >>> import torch
+        >>> layer = FlipoutConv2d(3, 16, kernel_size=3, padding=1)
+        >>> layer(torch.randn(8, 3, 32, 32)).shape
+        torch.Size([8, 16, 32, 32])
+    """
+
+    unsupported = (nn.ConvTranspose2d,)
+
+
+class FlipoutConv3d(_FlipoutConv, nn.Conv3d):
+    """nn.Conv3d with perturbed weights, see `FlipoutConv2d`."""
+
+    unsupported = (nn.ConvTranspose3d,)

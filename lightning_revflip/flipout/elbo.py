@@ -1,0 +1,124 @@
+"""The evidence lower bound: divergence from the prior of all weights of a model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from numbers import Real
+
+import torch
+from torch import Tensor, nn
+
+from lightning_revflip.flipout.layer import PerturbedWeight
+from lightning_revflip.flipout.perturbations import Perturbation
+from lightning_revflip.flipout.sampling import flipout_layers
+
+
+def kl(model: nn.Module) -> Tensor:
+    """Divergence of the weights' distribution from their prior, an exact sum in nats.
+
+    Every perturbed weight that has a prior counts once, also where layers share it. Differentiable.
+
+    Args:
+        model: holds flipout layers.
+
+    Raises:
+        ValueError: if no weight has a prior.
+
+    Example:
+        >>> from lightning_revflip.flipout import FlipoutLinear, Gaussian
+        >>> layer = FlipoutLinear(2, 1, perturbation=Gaussian(init_std=1.0, prior_std=1.0))
+        >>> torch.allclose(kl(layer), layer.weight.square().sum() / 2, atol=1e-5)
+        True
+    """
+    terms = [
+        term
+        for perturbation, weight in weights_with_prior(model)
+        if (term := perturbation.kl(weight.mean, *weight.spread)) is not None
+    ]
+    return torch.stack([term.to(terms[0].device) for term in terms]).sum()
+
+
+def elbo_loss(nll: Tensor, model: nn.Module, num_data: int, kl_weight: float = 1.0) -> Tensor:
+    """The negative evidence lower bound per example: nll + kl_weight * kl(model) / num_data.
+
+    Args:
+        nll: mean negative log-likelihood per example of a batch, a scalar in nats.
+        model: holds flipout layers.
+        num_data: number of examples of the training set (not of the batch, nor of batches): the
+            divergence belongs to all of them together.
+        kl_weight: 1 is the posterior of Bayes; less is a cold posterior or an annealing.
+
+    Raises:
+        ValueError: for `num_data` that is not a positive number, or no weight with a prior.
+    """
+    check_num_data(num_data)
+    return nll + kl(model) * (kl_weight / num_data)
+
+
+def add_kl_gradient(model: nn.Module, weight: float) -> Tensor:
+    """Add `weight` times the gradient of `kl(model)` to `.grad` of the parameters.
+
+    Without a graph, and in one pass over the weights.
+
+    Args:
+        model: holds flipout layers.
+        weight: usually kl_weight / num_data.
+
+    Returns:
+        `kl(model)`.
+
+    Raises:
+        ValueError: if no weight has a prior.
+    """
+    total: Tensor | None = None
+    for perturbation, part in weights_with_prior(model):
+        term = perturbation.add_kl_gradient(part.mean, part.spread, weight)
+        if term is not None:
+            total = term if total is None else total + term.to(total.device)
+    assert total is not None
+    return total
+
+
+def weights_with_prior(model: nn.Module) -> list[tuple[Perturbation, PerturbedWeight]]:
+    """The perturbed weights that have a prior, each once.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    found = [(p, w) for p, w in _weights(model) if p.has_prior]
+    if not found:
+        kinds = sorted({type(layer.perturbation).__name__ for layer in flipout_layers(model)})
+        raise ValueError(
+            f"no weight of {type(model).__name__} has a prior: it is perturbed by "
+            f"{', '.join(kinds)}, which is noise without one. Leave the divergence out, or use "
+            "Gaussian(prior_std=...)."
+        )
+    return found
+
+
+def check_num_data(num_data: object) -> None:
+    """Raise a ValueError unless `num_data` can be the size of a training set."""
+    number = isinstance(num_data, Real) and not isinstance(num_data, bool)
+    if not number or not 1 <= num_data < math.inf:  # type: ignore[operator]
+        raise ValueError(
+            f"num_data must be the number of examples in the training set, got {num_data!r}. The "
+            "divergence belongs to all of them: pass for example num_data=len(train_dataset)."
+        )
+
+
+def _weights(model: nn.Module) -> Iterator[tuple[Perturbation, PerturbedWeight]]:
+    seen: dict[int, list[Tensor]] = {}
+    for layer in flipout_layers(model):
+        for weight in layer.perturbed_weights():
+            known = seen.get(id(weight.mean))
+            if known is None:
+                seen[id(weight.mean)] = weight.spread
+                yield layer.perturbation, weight
+            elif [id(part) for part in known] != [id(part) for part in weight.spread]:
+                raise ValueError(
+                    f"{weight.name} of a {type(layer).__name__} is tied to a weight that has "
+                    "another spread, so it is not clear which of them is meant. Tie the "
+                    f"parameters {', '.join(layer.perturbation.spread_names)} too, or tie the "
+                    "plain layers and convert them."
+                )
