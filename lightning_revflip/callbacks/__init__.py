@@ -1,6 +1,8 @@
 """The Lightning face: callbacks to attach to a `Trainer`."""
 
+from lightning_revflip.callbacks.evolution import EvolutionStrategies
+from lightning_revflip.callbacks.flipout import Flipout
 from lightning_revflip.callbacks.memory import MemoryMonitor
 from lightning_revflip.callbacks.reversible import ReversibleRNN
 
-__all__ = ["MemoryMonitor", "ReversibleRNN"]
+__all__ = ["EvolutionStrategies", "Flipout", "MemoryMonitor", "ReversibleRNN"]

@@ -1,0 +1,169 @@
+"""The gradient of the divergence, as a Trainer's optimizers need it."""
+
+from collections.abc import Collection, Iterable
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.precision.amp import _optimizer_handles_unscaling
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import Tensor, nn
+from torch.optim import LBFGS, Optimizer
+from torch.utils.data import DistributedSampler
+
+from lightning_revflip.flipout import Perturbation, PerturbedLayer
+from lightning_revflip.flipout.elbo import check_num_data
+from lightning_revflip.flipout.layer import PerturbedWeight
+
+WeightWithPrior = tuple[Perturbation, PerturbedWeight]
+
+
+def weights_with_prior(layers: Iterable[PerturbedLayer]) -> list[WeightWithPrior]:
+    """The weights of some layers that have a prior, each once; there may be none."""
+    found: dict[int, WeightWithPrior] = {}
+    for layer in layers:
+        if layer.perturbation.has_prior:
+            for weight in layer.perturbed_weights():
+                found.setdefault(id(weight.mean), (layer.perturbation, weight))
+    return list(found.values())
+
+
+def divergence(weights: Iterable[WeightWithPrior]) -> Tensor:
+    """The divergence of these weights from their priors, in nats, without a graph."""
+    total = torch.zeros(())
+    with torch.no_grad():
+        for perturbation, weight in weights:
+            term = perturbation.kl(weight.mean, *weight.spread)
+            if term is not None:
+                total = total + term.cpu()
+    return total
+
+
+def add_gradient(
+    weights: Iterable[WeightWithPrior], parameters: Collection[nn.Parameter], factor: float
+) -> None:
+    """Add `factor` times the gradient of the divergence to `.grad` of these parameters alone."""
+    for perturbation, weight in weights:
+        learned = [part for part in (weight.mean, *weight.spread) if part.requires_grad]
+        own = [part for part in learned if part in parameters]
+        if len(own) == len(learned):
+            perturbation.add_kl_gradient(weight.mean, weight.spread, factor)
+        elif own:
+            _add_partly(perturbation, weight, own, factor)
+
+
+def _add_partly(
+    perturbation: Perturbation, weight: PerturbedWeight, own: list[Tensor], factor: float
+) -> None:
+    """As `add_gradient`, where another optimizer has some of the parameters of a weight."""
+    with torch.enable_grad():
+        term = perturbation.kl(weight.mean, *weight.spread)
+    assert term is not None
+    for part, grad in zip(own, torch.autograd.grad(term, own), strict=True):
+        if part.grad is None:
+            part.grad = torch.zeros_like(part)
+        part.grad.add_(grad, alpha=factor)
+
+
+def parameters_of(optimizer: Optimizer) -> set[nn.Parameter]:
+    """The parameters that an optimizer changes."""
+    return {parameter for group in optimizer.param_groups for parameter in group["params"]}
+
+
+# --- settings under which the gradient would not be exact --------------------------------------
+
+
+def check_strategy(trainer: Trainer) -> None:
+    """Raise if parameters and gradients of the Trainer's strategy are cut into shards."""
+    if isinstance(trainer.strategy, DeepSpeedStrategy | FSDPStrategy | ModelParallelStrategy):
+        raise MisconfigurationException(
+            f"Flipout needs whole weights and gradients, and {type(trainer.strategy).__name__} "
+            "shards them. Use a single device or strategy='ddp'."
+        )
+
+
+def check_optimizers(trainer: Trainer, weights: Iterable[WeightWithPrior]) -> None:
+    """Raise if an optimizer of these weights could not take the gradient of the divergence."""
+    parts = {id(part) for _, weight in weights for part in (weight.mean, *weight.spread)}
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    for optimizer in trainer.optimizers:
+        if not parts.intersection(map(id, parameters_of(optimizer))):
+            continue
+        name = type(optimizer).__name__
+        if scaler is not None and _optimizer_handles_unscaling(optimizer):
+            raise MisconfigurationException(
+                f"A fused {name} with precision='16-mixed' unscales gradients within its step, so "
+                "the gradient of the divergence would be added to scaled ones. Use fused=False, "
+                "or precision='bf16-mixed'."
+            )
+        line_search = isinstance(optimizer, LBFGS) and any(
+            group["line_search_fn"] is not None for group in optimizer.param_groups
+        )
+        if line_search:
+            raise MisconfigurationException(
+                f"The line search of {name} compares losses, which do not hold the divergence that "
+                "its gradients hold. Use line_search_fn=None, or add "
+                "lightning_revflip.kl(model) / num_data to the loss and set kl_weight=0."
+            )
+
+
+# --- the size of the training set --------------------------------------------------------------
+
+
+def resolve_num_data(num_data: int | None, loader: Any) -> int:
+    """The number of training examples, as given or else from the training data loader.
+
+    Raises:
+        ValueError: if it is not given and cannot be known, or is no positive number.
+
+    Warns:
+        UserWarning: if it is given and the loader has another number.
+    """
+    if num_data is None:
+        return dataset_size(loader)
+    check_num_data(num_data)
+    try:
+        found = dataset_size(loader)
+    except ValueError:
+        return num_data
+    if found != num_data:
+        rank_zero_warn(
+            f"Flipout(num_data={num_data}) differs from the {found} items of the training data "
+            "set. That is right if the loss is a mean over other units than items, for example "
+            "over tokens; otherwise leave num_data out."
+        )
+    return num_data
+
+
+def dataset_size(loader: Any) -> int:
+    """The number of items of a loader's `dataset`, those of all processes together.
+
+    Raises:
+        ValueError: if it cannot be known.
+    """
+    give = "Give Flipout(num_data=...), the number of training examples."
+    if not hasattr(loader, "dataset"):
+        raise ValueError(
+            "The number of training examples is not known: the training data is a "
+            f"{type(loader).__name__}, not one loader with a `dataset`. {give}"
+        )
+    try:
+        size = len(loader.dataset)
+    except (TypeError, NotImplementedError):
+        raise ValueError(
+            "The number of training examples is not known: the data set, a "
+            f"{type(loader.dataset).__name__}, has no length. {give}"
+        ) from None
+    sampler = getattr(loader, "sampler", None)
+    # A distributed sampler knows the samples of all processes by what it divides.
+    drawn: Any = sampler.dataset if isinstance(sampler, DistributedSampler) else sampler
+    if hasattr(drawn, "__len__") and len(drawn) != size:
+        raise ValueError(
+            f"The number of training examples is not clear: the data set has {size} items, and its "
+            f"{type(sampler).__name__} draws {len(drawn)} of them. {give}"
+        )
+    if size < 1:
+        raise ValueError(f"The training data set is empty. {give}")
+    return size

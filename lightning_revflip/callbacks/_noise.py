@@ -1,0 +1,62 @@
+"""The random numbers of flipout layers while a Trainer fits."""
+
+from typing import Any
+
+import torch
+
+from lightning_revflip.flipout import NoiseSource
+from lightning_revflip.flipout.noise import derive
+
+
+class RecomputableNoise(NoiseSource):
+    """Seeds from a private generator, the same ones again where a forward call is recomputed.
+
+    Activation checkpointing and `ReversibleSequence` call layers again in the backward pass, and
+    set torch's global generator to what it was. So a number of that generator tells which call this
+    is; the seed itself does not depend on it.
+    """
+
+    def __init__(self, generator: torch.Generator) -> None:
+        super().__init__(generator)
+        self._seeds: dict[int, int] = {}
+
+    def forget(self) -> None:
+        """Forget the calls so far: none of them is recomputed any more."""
+        self._seeds.clear()
+
+    def seed(self) -> int:
+        call = int(torch.randint(2**62, ()))
+        if call not in self._seeds:
+            if torch._C._current_graph_task_id() != -1:
+                raise RuntimeError(
+                    "A flipout layer is called in the backward pass, but not with the random "
+                    "numbers of a forward call of this batch, so its noise would be another one. "
+                    "If this is activation checkpointing, use preserve_rng_state=True."
+                )
+            self._seeds[call] = super().seed()
+        return self._seeds[call]
+
+    # A copy goes on from here by itself.
+    def __setstate__(self, state: Any) -> None:
+        super().__setstate__(state)
+        self._seeds = {}
+
+
+def stream_seed(seed: int, rank: int) -> int:
+    """The seed of the noise of one process, which differs between the processes of a run."""
+    return derive(seed, rank)
+
+
+def fresh_generator(rank: int) -> torch.Generator:
+    """A generator for this process that follows from `seed_everything` or `torch.manual_seed`."""
+    return torch.Generator().manual_seed(stream_seed(torch.initial_seed(), rank))
+
+
+def resumed_generator(state: torch.Tensor, rank: int) -> torch.Generator:
+    """A generator that goes on from the saved state of rank 0, on other ranks in a new stream."""
+    generator = torch.Generator()
+    generator.set_state(state.cpu())
+    if rank == 0:
+        return generator
+    seed = int(torch.randint(2**62, (), generator=generator))
+    return torch.Generator().manual_seed(stream_seed(seed, rank))
