@@ -131,6 +131,11 @@ class Batches:
         self._read = 0  # batches given out in the current pass
         self._stopped: dict[str, int] | None = None  # where a resumed run goes on
 
+    @property
+    def dataset(self) -> Tensor:
+        """All images, of all processes: callbacks ask a loader for the length of its `dataset`."""
+        return self.images
+
     def __len__(self) -> int:
         return len(self.batch_sampler)
 

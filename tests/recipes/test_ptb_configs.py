@@ -11,9 +11,11 @@ from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from torch import nn
 
 import recipes
-from lightning_revflip.callbacks import MemoryMonitor, ReversibleRNN
+from lightning_revflip.callbacks import Flipout, MemoryMonitor, ReversibleRNN
 from lightning_revflip.cli import RevflipCLI
+from lightning_revflip.flipout import DropConnect, FlipoutLSTM, MultiplicativeGaussian
 from lightning_revflip.reversible import LinearCrossEntropy
+from lightning_revflip.reversible_flipout import FlipoutRevLSTM
 from recipes.common.figures import ReversibleFigures
 from recipes.common.throughput import TokensPerSecond
 from recipes.ptb.writer import TextWriter
@@ -35,6 +37,10 @@ BITS = {
     "rev5": 5,
     "rev_unlimited": None,
     "nf": 0,
+}
+FLIPOUT = {
+    "lstm_flipout_dropconnect": DropConnect(),
+    "lstm_flipout_gaussian": MultiplicativeGaussian(0.5),
 }
 EVERY_RUN = {RichProgressBar, ModelCheckpoint, MemoryMonitor, TokensPerSecond, ReversibleFigures}
 
@@ -79,7 +85,7 @@ def test_every_choice_of_size_cell_and_forgetting_limit_can_be_composed(compose,
 
 
 def test_no_configuration_is_left_out_of_the_tests():
-    others = {"base", "char", "csv", "predict", "sequence"}
+    others = {"base", "char", "csv", "predict", "sequence", "lstm_weightdrop", *FLIPOUT}
     composed = {name for names, *_ in SIZES.values() for name in names}
     assert {path.stem for path in CONFIGS.iterdir()} == {*others, *composed, *CELLS, *BITS}
 
@@ -127,6 +133,42 @@ def test_memory_mode_sequence_can_be_added(compose, size, cell):
     assert (plain.memory, model.memory) == ("plain", "sequence")
     assert {**model.hparams, "memory": "plain"} == plain.hparams
     assert [rnn.hidden_size for rnn in model.rnns] == hidden_sizes
+
+
+@pytest.mark.parametrize("before", [[], ["rev3"]], ids=["lstm", "revlstm"])
+def test_recurrent_weights_are_dropped_for_a_batch_or_for_each_sequence(compose, before):
+    masked = compose("base", "small", *before, "lstm_weightdrop")
+    assert masked.model.dropouts["weight_drop"] == 0.5
+    assert Flipout not in masked.callbacks
+    for name, perturbation in FLIPOUT.items():
+        run = compose("base", "small", *before, name)
+        assert run.model.dropouts["weight_drop"] == 0.0
+        assert run.callbacks[Flipout].perturbation == perturbation
+        others = {key: value for key, value in run.model.hparams.items() if key != "weight_drop"}
+        assert others == {k: v for k, v in masked.model.hparams.items() if k != "weight_drop"}
+
+
+@pytest.mark.parametrize(
+    ("names", "layer"),
+    [
+        (["lstm_flipout_dropconnect"], FlipoutLSTM),
+        (["lstm_flipout_gaussian", "char"], FlipoutLSTM),
+        (["rev3", "lstm_flipout_dropconnect"], FlipoutRevLSTM),
+        (["rev3", "lstm_flipout_gaussian", "sequence"], FlipoutRevLSTM),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, list) else "",
+)
+def test_only_recurrent_weights_are_perturbed_while_training(monkeypatch, tmp_path, names, layer):
+    monkeypatch.delenv("REVFLIP_DATA", raising=False)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["revflip"])
+    args = ["fit", *config_args("base", "small", *names, "csv"), "--data.source=embedded"]
+    args += ["--model.embedding_size=20", "--model.hidden_sizes=[20]"]
+    model = RevflipCLI([*args, "--trainer.fast_dev_run=2"]).trainer.lightning_module
+    (rnn,) = model.rnns
+    assert type(rnn) is layer
+    assert list(rnn.perturbed_names()) == ["weight_hh_l0"]
+    assert {name.rsplit("_", 1)[-1] for name, _ in rnn.named_parameters()} == {"l0"}
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,1 @@
+"""A policy that balances a pole, trained by evolution strategies on a black box."""
