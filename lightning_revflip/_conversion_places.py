@@ -71,7 +71,8 @@ def bypassed_notice(places: Sequence[Place], rules: Rules) -> str:
     paths = ", ".join(repr(path) for place in places for path in place.paths)
     return (
         f"{paths} cannot be converted: {' and '.join(sorted(parents))} computes with the "
-        "parameters of its children without calling them."
+        "parameters of its children without calling them. These and parameters of its own (such as "
+        "in_proj_weight) stay as they are."
     )
 
 

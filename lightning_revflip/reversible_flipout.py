@@ -26,29 +26,39 @@ class _FlipoutReversible(PerturbedLayer, ReversibleRNNBase):
         *args: Any,
         perturbation: Perturbation | None = None,
         estimator: Estimator = "flipout",
+        base_perturbations: int = 1,
+        perturbed: Sequence[str] = ("weight_hh",),
         **kwargs: Any,
     ) -> None:
+        self._check_limits(base_perturbations, perturbed)
         super().__init__(*args, **kwargs)
-        self._perturb(perturbation, estimator, base_perturbations=1)
+        self._perturb(perturbation, estimator, base_perturbations)
 
     @classmethod
     def check_upgrade(cls, module: nn.Module, **arguments: Any) -> None:
         """Raise a ValueError if `upgrade` could not be called; changes nothing."""
-        if arguments.get("base_perturbations", 1) != 1:
+        limited = ("base_perturbations", "perturbed")
+        cls._check_limits(**{name: arguments[name] for name in limited if name in arguments})
+        super().check_upgrade(module, **arguments)
+
+    @classmethod
+    def _check_limits(
+        cls, base_perturbations: int = 1, perturbed: Sequence[str] = ("weight_hh",)
+    ) -> None:
+        """Raise a ValueError for what the layers of torch allow, and these do not."""
+        if base_perturbations != 1:
             raise ValueError(
                 f"{cls.__name__} has one base perturbation per batch, got base_perturbations="
-                f"{arguments['base_perturbations']}. Use 1, or nn.LSTM and FlipoutLSTM."
+                f"{base_perturbations}. Use 1, or nn.LSTM and FlipoutLSTM."
             )
-        perturbed = list(arguments.get("perturbed", ["weight_hh"]))
-        if perturbed != ["weight_hh"]:
+        if list(perturbed) != ["weight_hh"]:
             raise ValueError(
                 f"{cls.__name__} perturbs recurrent weights alone, got perturbed={perturbed}. "
                 "Use perturbed=['weight_hh']."
             )
-        super().check_upgrade(module, **arguments)
 
     def _configure(self, perturbed: Sequence[str] = ("weight_hh",)) -> None:
-        """Nothing to set: `check_upgrade` has seen that it is the recurrent weights."""
+        """Nothing to set: `_check_limits` has seen that it is the recurrent weights."""
 
     @staticmethod
     def names_to_perturb(module: nn.Module, **arguments: Any) -> Sequence[str]:
@@ -75,12 +85,6 @@ class _FlipoutReversible(PerturbedLayer, ReversibleRNNBase):
             draw.output_signs(batch, len(weight_hh), weight_hh),
         )
 
-    def reset_parameters(self) -> None:
-        """Draw weights as the plain layer does, and set the spread to its initial value."""
-        super().reset_parameters()
-        if "noise_source" in vars(self):
-            self._reset_spread()
-
 
 class FlipoutRevGRU(_FlipoutReversible, RevGRU):
     """RevGRU whose recurrent weights are perturbed, see `FlipoutRevLSTM`."""
@@ -100,6 +104,8 @@ class FlipoutRevLSTM(_FlipoutReversible, RevLSTM):
         kwargs: the same by name.
         perturbation: how the recurrent weights are perturbed; by default `Gaussian()`.
         estimator: `flipout` or `shared`.
+        base_perturbations: only 1; present because FlipoutLSTM has it.
+        perturbed: only `("weight_hh",)`, likewise.
 
     Raises:
         ValueError: for settings that do not fit together.

@@ -140,3 +140,9 @@ def test_what_cannot_be_is_refused_and_changes_nothing(arguments, message) -> No
     with pytest.raises(ValueError, match=message):
         convert(model, REVERSIBLE_FLIPOUT_LAYERS, **arguments)
     assert type(model[0]) is RevLSTM
+
+
+def test_the_constructor_takes_what_a_conversion_takes() -> None:
+    FlipoutRevLSTM(5, 8, perturbed=["weight_hh"], base_perturbations=1)
+    with pytest.raises(ValueError, match="one base perturbation per batch"):
+        FlipoutRevLSTM(5, 8, base_perturbations=2)

@@ -14,20 +14,8 @@ from torch.optim import LBFGS, Optimizer
 from torch.utils.data import DistributedSampler
 
 from lightning_revflip.flipout import Perturbation, PerturbedLayer
-from lightning_revflip.flipout.elbo import check_num_data
+from lightning_revflip.flipout.elbo import WeightWithPrior, check_num_data
 from lightning_revflip.flipout.layer import PerturbedWeight
-
-WeightWithPrior = tuple[Perturbation, PerturbedWeight]
-
-
-def weights_with_prior(layers: Iterable[PerturbedLayer]) -> list[WeightWithPrior]:
-    """The weights of some layers that have a prior, each once; there may be none."""
-    found: dict[int, WeightWithPrior] = {}
-    for layer in layers:
-        if layer.perturbation.has_prior:
-            for weight in layer.perturbed_weights():
-                found.setdefault(id(weight.mean), (layer.perturbation, weight))
-    return list(found.values())
 
 
 def divergence(weights: Iterable[WeightWithPrior]) -> Tensor:
@@ -67,6 +55,31 @@ def _add_partly(
         part.grad.add_(grad, alpha=factor)
 
 
+def warn_of_weight_decay(trainer: Trainer, layers: Iterable[PerturbedLayer]) -> None:
+    """Warn if weight decay acts on spreads, where 0 is no small value: softplus(0) = 0.69."""
+    spreads = {id(part) for each in layers for w in each.perturbed_weights() for part in w.spread}
+    decayed = any(
+        group.get("weight_decay") and any(id(part) in spreads for part in group["params"])
+        for optimizer in trainer.optimizers
+        for group in optimizer.param_groups
+    )
+    if decayed:
+        rank_zero_warn(
+            "Weight decay acts on parameters of perturbations and pulls them to 0; a rho of 0 is a "
+            "standard deviation of 0.69. Put them into a parameter group with weight_decay=0. "
+            "(With Gaussian(prior_std=...), the prior is what decays the weights.)"
+        )
+
+
+def _parts(perturbation: Perturbation, weight: PerturbedWeight) -> list[tuple[str, Tensor]]:
+    """The parameters of a weight by name."""
+    spread = zip(perturbation.spread_names, weight.spread, strict=True)
+    return [
+        (weight.name, weight.mean),
+        *((f"{weight.name}_{suffix}", part) for suffix, part in spread),
+    ]
+
+
 def parameters_of(optimizer: Optimizer) -> set[nn.Parameter]:
     """The parameters that an optimizer changes."""
     return {parameter for group in optimizer.param_groups for parameter in group["params"]}
@@ -84,8 +97,24 @@ def check_strategy(trainer: Trainer) -> None:
         )
 
 
-def check_optimizers(trainer: Trainer, weights: Iterable[WeightWithPrior]) -> None:
-    """Raise if an optimizer of these weights could not take the gradient of the divergence."""
+def check_optimizers(trainer: Trainer, weights: Collection[WeightWithPrior]) -> None:
+    """Raise if an optimizer of these weights could not take the gradient of the divergence.
+
+    Warns:
+        UserWarning: if no optimizer has one of their parameters.
+    """
+    optimized = {id(p) for optimizer in trainer.optimizers for p in parameters_of(optimizer)}
+    left_out = {
+        name
+        for perturbation, weight in weights
+        for name, part in _parts(perturbation, weight)
+        if part.requires_grad and id(part) not in optimized
+    }
+    if left_out:
+        rank_zero_warn(
+            f"No optimizer has the {', '.join(sorted(left_out))} of some layers, which stay as "
+            "they are. Give optimizers model.parameters(), or freeze what is to stay."
+        )
     parts = {id(part) for _, weight in weights for part in (weight.mean, *weight.spread)}
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     for optimizer in trainer.optimizers:

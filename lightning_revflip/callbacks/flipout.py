@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
-import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
@@ -19,7 +18,7 @@ from lightning_revflip.callbacks._divergence import (
     divergence,
     parameters_of,
     resolve_num_data,
-    weights_with_prior,
+    warn_of_weight_decay,
 )
 from lightning_revflip.callbacks._noise import (
     RecomputableNoise,
@@ -35,15 +34,12 @@ from lightning_revflip.flipout import (
     Perturbation,
     PerturbedLayer,
 )
-from lightning_revflip.flipout.elbo import check_num_data
+from lightning_revflip.flipout.elbo import check_num_data, signal_to_noise, weights_with_prior
 from lightning_revflip.flipout.layer import Estimator
 from lightning_revflip.reversible_flipout import REVERSIBLE_FLIPOUT_LAYERS
 
 RULES: dict[type[nn.Module], type[PerturbedLayer]] = {**FLIPOUT_LAYERS, **REVERSIBLE_FLIPOUT_LAYERS}
 """The flipout layer of each layer that `Flipout` converts; may be added to."""
-
-_LOOKED_AT = 65_536
-"""How many weights the median signal-to-noise ratio is taken of, at most twice as many."""
 
 
 class Flipout(ConversionCallback):
@@ -114,7 +110,7 @@ class Flipout(ConversionCallback):
             something cannot be; when training starts, if the number of examples is needed and not
             known, or arguments concern a divergence and no weight has a prior.
         MisconfigurationException: for settings of the Trainer under which the gradient of the
-            divergence would not be exact, or callbacks that stand against each other.
+            divergence would not be exact, or callbacks that conflict.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -154,7 +150,7 @@ class Flipout(ConversionCallback):
         self._saved_noise: Tensor | None = None
         self._sources: list[tuple[PerturbedLayer, NoiseSource]] = []
         self._resolved_num_data: int | None = None
-        self._stepped_with: float | None = None
+        self._last_kl_weight: float | None = None
         self._undo: list[Any] = []
 
     def rules(self) -> Mapping[type[nn.Module], Any]:
@@ -202,6 +198,7 @@ class Flipout(ConversionCallback):
         _check_disjoint(_flipouts(trainer), pl_module)
         layers = self.layers(pl_module)
         check_optimizers(trainer, weights_with_prior(layers))
+        warn_of_weight_decay(trainer, layers)
         rank = trainer.global_rank
         if self._saved_noise is None:
             generator = fresh_generator(rank)
@@ -254,7 +251,7 @@ class Flipout(ConversionCallback):
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
-        self._stepped_with = weight = self.kl_weight * self._annealed(trainer)
+        self._last_kl_weight = weight = self.kl_weight * self._annealed(trainer)
         parameters = parameters_of(optimizer)
         if self._resolved_num_data is None or all(each.grad is None for each in parameters):
             return
@@ -277,7 +274,7 @@ class Flipout(ConversionCallback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        weight, self._stepped_with = self._stepped_with, None
+        weight, self._last_kl_weight = self._last_kl_weight, None
         if weight is None or not trainer._logger_connector.should_update_logs:
             return
         layers = self._layers()
@@ -285,7 +282,7 @@ class Flipout(ConversionCallback):
         if self._resolved_num_data is not None:
             values["kl"] = divergence(weights_with_prior(layers))
             values["kl_weight"] = weight
-        ratio = _signal_to_noise(layers)
+        ratio = signal_to_noise(layers)
         if ratio is not None:
             values["signal_to_noise"] = ratio
         number = _flipouts(trainer).index(self) + 1
@@ -376,25 +373,6 @@ def _check_disjoint(callbacks: Sequence[Flipout], model: nn.Module) -> None:
                 f"{callback.targets}. Give each of them targets that the others have not."
             )
         seen |= own
-
-
-@torch.no_grad()
-def _signal_to_noise(layers: Sequence[PerturbedLayer]) -> Tensor | None:
-    """The median of |mean| / std over weights, None if no std is independent of the mean."""
-    weights = {
-        id(weight.mean): (layer.perturbation, weight)
-        for layer in layers
-        if not layer.perturbation.depends_on_mean
-        for weight in layer.perturbed_weights()
-    }
-    if not weights:
-        return None
-    step = max(1, sum(weight.mean.numel() for _, weight in weights.values()) // _LOOKED_AT)
-    ratios = []
-    for perturbation, weight in weights.values():
-        mean, *spread = (part.flatten()[::step] for part in (weight.mean, *weight.spread))
-        ratios.append((mean.abs() / perturbation.scale(mean, *spread)).float().cpu())
-    return torch.cat(ratios).median()
 
 
 def _not_negative(name: str, value: float) -> float:

@@ -52,12 +52,6 @@ class _FlipoutConv(PerturbedLayer, nn.modules.conv._ConvNd):
         mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
         return F.pad(x, self._reversed_padding_repeated_twice, mode), (0,) * len(self.kernel_size)
 
-    def reset_parameters(self) -> None:
-        """Draw weights as the plain convolution does, and set the spread to its initial value."""
-        super().reset_parameters()
-        if "noise_source" in vars(self):
-            self._reset_spread()
-
 
 class FlipoutConv1d(_FlipoutConv, nn.Conv1d):
     """nn.Conv1d with perturbed weights, see `FlipoutConv2d`."""

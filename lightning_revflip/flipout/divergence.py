@@ -63,13 +63,21 @@ def add_gaussian_kl_gradient(mean: Tensor, rho: Tensor, prior_std: float, weight
 
 
 def _formula(mean: Tensor, rho: Tensor, prior_std: float) -> Tensor:
+    mean, rho = _wide(mean), _wide(rho)
     squares = (softplus(rho).square() + mean.square()) / prior_std**2
     return (0.5 * (squares - 1) - log_softplus(rho)).sum() + mean.numel() * _log(prior_std)
 
 
 def _gradients(mean: Tensor, rho: Tensor, prior_std: float) -> tuple[Tensor, Tensor]:
-    pull = (F.logsigmoid(rho) - log_softplus(rho)).exp()
-    return mean / prior_std**2, rho.sigmoid() * softplus(rho) / prior_std**2 - pull
+    wide = _wide(rho)
+    pull = (F.logsigmoid(wide) - log_softplus(wide)).exp()
+    grad_rho = wide.sigmoid() * softplus(wide) / prior_std**2 - pull
+    return mean / prior_std**2, grad_rho.to(rho.dtype)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """At least float32: a sum over many weights exceeds float16, and bfloat16 has two digits."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _log(x: float) -> float:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Sequence
 from numbers import Real
 
 import torch
 from torch import Tensor, nn
 
-from lightning_revflip.flipout.layer import PerturbedWeight
+from lightning_revflip.flipout.layer import PerturbedLayer, PerturbedWeight
 from lightning_revflip.flipout.perturbations import Perturbation
 from lightning_revflip.flipout.sampling import flipout_layers
+
+WeightWithPrior = tuple[Perturbation, PerturbedWeight]
+
+_WEIGHTS_SAMPLED = 65_536
+"""How many weights a median is taken of, at most twice as many."""
 
 
 def kl(model: nn.Module) -> Tensor:
@@ -33,7 +38,7 @@ def kl(model: nn.Module) -> Tensor:
     """
     terms = [
         term
-        for perturbation, weight in weights_with_prior(model)
+        for perturbation, weight in _weights_with_prior(model)
         if (term := perturbation.kl(weight.mean, *weight.spread)) is not None
     ]
     return torch.stack([term.to(terms[0].device) for term in terms]).sum()
@@ -53,6 +58,13 @@ def elbo_loss(nll: Tensor, model: nn.Module, num_data: int, kl_weight: float = 1
         ValueError: for `num_data` that is not a positive number, or no weight with a prior.
     """
     check_num_data(num_data)
+    if nll.dim() > 0:
+        raise ValueError(
+            "nll must be the mean negative log-likelihood per example, a scalar, got shape "
+            f"{tuple(nll.shape)}. Use reduction='mean', or nll.mean()."
+        )
+    if not kl_weight >= 0:
+        raise ValueError(f"kl_weight must be a number from 0, got {kl_weight}.")
     return nll + kl(model) * (kl_weight / num_data)
 
 
@@ -72,7 +84,7 @@ def add_kl_gradient(model: nn.Module, weight: float) -> Tensor:
         ValueError: if no weight has a prior.
     """
     total: Tensor | None = None
-    for perturbation, part in weights_with_prior(model):
+    for perturbation, part in _weights_with_prior(model):
         term = perturbation.add_kl_gradient(part.mean, part.spread, weight)
         if term is not None:
             total = term if total is None else total + term.to(total.device)
@@ -80,21 +92,51 @@ def add_kl_gradient(model: nn.Module, weight: float) -> Tensor:
     return total
 
 
-def weights_with_prior(model: nn.Module) -> list[tuple[Perturbation, PerturbedWeight]]:
-    """The perturbed weights that have a prior, each once.
+def weights_with_prior(layers: Iterable[PerturbedLayer]) -> list[WeightWithPrior]:
+    """The perturbed weights of some layers that have a prior, each once; there may be none.
 
     Raises:
-        ValueError: if there are none.
+        ValueError: for a weight that two layers share, but not its spread.
     """
-    found = [(p, w) for p, w in _weights(model) if p.has_prior]
-    if not found:
-        kinds = sorted({type(layer.perturbation).__name__ for layer in flipout_layers(model)})
-        raise ValueError(
-            f"no weight of {type(model).__name__} has a prior: it is perturbed by "
-            f"{', '.join(kinds)}, which is noise without one. Leave the divergence out, or use "
-            "Gaussian(prior_std=...)."
-        )
+    seen: dict[int, list[Tensor]] = {}
+    found = []
+    for layer in layers:
+        for weight in layer.perturbed_weights():
+            known = seen.setdefault(id(weight.mean), weight.spread)
+            if known is weight.spread:
+                if layer.perturbation.has_prior:
+                    found.append((layer.perturbation, weight))
+            elif [id(part) for part in known] != [id(part) for part in weight.spread]:
+                raise ValueError(
+                    f"{weight.name} of a {type(layer).__name__} is tied to a weight that has "
+                    "another spread, so it is not clear which of them is meant. Tie the "
+                    f"parameters {', '.join(layer.perturbation.spread_names)} too, or tie the "
+                    "plain layers and convert them."
+                )
     return found
+
+
+@torch.no_grad()
+def signal_to_noise(layers: Sequence[PerturbedLayer]) -> Tensor | None:
+    """The median of |mean| / std over weights (Blundell et al., 2015).
+
+    None if no std is independent of the mean. Of many weights it is taken over an evenly spaced
+    part.
+    """
+    weights = {
+        id(weight.mean): (layer.perturbation, weight)
+        for layer in layers
+        if not layer.perturbation.depends_on_mean
+        for weight in layer.perturbed_weights()
+    }
+    if not weights:
+        return None
+    step = max(1, sum(weight.mean.numel() for _, weight in weights.values()) // _WEIGHTS_SAMPLED)
+    ratios = []
+    for perturbation, weight in weights.values():
+        mean, *spread = (part.flatten()[::step] for part in (weight.mean, *weight.spread))
+        ratios.append((mean.abs() / perturbation.scale(mean, *spread)).float().cpu())
+    return torch.cat(ratios).median()
 
 
 def check_num_data(num_data: object) -> None:
@@ -107,18 +149,15 @@ def check_num_data(num_data: object) -> None:
         )
 
 
-def _weights(model: nn.Module) -> Iterator[tuple[Perturbation, PerturbedWeight]]:
-    seen: dict[int, list[Tensor]] = {}
-    for layer in flipout_layers(model):
-        for weight in layer.perturbed_weights():
-            known = seen.get(id(weight.mean))
-            if known is None:
-                seen[id(weight.mean)] = weight.spread
-                yield layer.perturbation, weight
-            elif [id(part) for part in known] != [id(part) for part in weight.spread]:
-                raise ValueError(
-                    f"{weight.name} of a {type(layer).__name__} is tied to a weight that has "
-                    "another spread, so it is not clear which of them is meant. Tie the "
-                    f"parameters {', '.join(layer.perturbation.spread_names)} too, or tie the "
-                    "plain layers and convert them."
-                )
+def _weights_with_prior(model: nn.Module) -> list[WeightWithPrior]:
+    """Those of a model; raises a ValueError if there are none."""
+    layers = flipout_layers(model)
+    found = weights_with_prior(layers)
+    if not found:
+        kinds = sorted({type(layer.perturbation).__name__ for layer in layers})
+        raise ValueError(
+            f"no weight of {type(model).__name__} has a prior: it is perturbed by "
+            f"{', '.join(kinds)}, which is noise without one. Leave the divergence out, or use "
+            "Gaussian(prior_std=...)."
+        )
+    return found

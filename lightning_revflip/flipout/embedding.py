@@ -124,12 +124,6 @@ class FlipoutEmbedding(PerturbedLayer, nn.Embedding):
             delta = delta * (rows != self.padding_idx).unsqueeze(1)
         return F.embedding(places, delta)
 
-    def reset_parameters(self) -> None:
-        """Draw weights as nn.Embedding does, and set the spread to its initial value."""
-        super().reset_parameters()
-        if "noise_source" in vars(self):
-            self._reset_spread()
-
     def extra_repr(self) -> str:
         """The arguments that are not usual."""
         text = super().extra_repr()

@@ -136,19 +136,37 @@ class PerturbedLayer(nn.Module):
         for name in self.perturbed_names():
             mean: nn.Parameter = getattr(self, name)
             if mean not in shared:
-                initial = self.perturbation.initial_spread(mean.detach())
+                initial = self._initial_spread(mean)
                 shared[mean] = [nn.Parameter(value, mean.requires_grad) for value in initial]
             pairs = zip(self.perturbation.spread_names, shared[mean], strict=True)
             for suffix, parameter in pairs:
                 self.register_parameter(f"{name}_{suffix}", parameter)
 
-    @torch.no_grad()
-    def _reset_spread(self) -> None:
-        """Give spread parameters their initial values."""
-        for weight in self.perturbed_weights():
-            initial = self.perturbation.initial_spread(weight.mean.detach())
-            for parameter, value in zip(weight.spread, initial, strict=True):
-                parameter.copy_(value)
+    def _initial_spread(self, mean: Tensor) -> list[Tensor]:
+        """What the perturbation says, checked."""
+        initial, names = (
+            self.perturbation.initial_spread(mean.detach()),
+            self.perturbation.spread_names,
+        )
+        if [value.shape for value in initial] != [mean.shape] * len(names):
+            shapes = ", ".join(str(tuple(value.shape)) for value in initial) or "none"
+            raise ValueError(
+                f"{type(self.perturbation).__name__}.initial_spread must return a tensor in the "
+                f"shape of the weight, {tuple(mean.shape)}, for each of spread_names={names}; got "
+                f"{shapes}."
+            )
+        return initial
+
+    def reset_parameters(self) -> None:
+        """Draw weights as the plain layer does, and set the spread to its initial value."""
+        super().reset_parameters()  # type: ignore[misc]
+        if "noise_source" not in vars(self):
+            return  # the plain layer is being made, there is no spread yet
+        with torch.no_grad():
+            for weight in self.perturbed_weights():
+                initial = self._initial_spread(weight.mean)
+                for parameter, value in zip(weight.spread, initial, strict=True):
+                    parameter.copy_(value)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
@@ -210,7 +228,11 @@ class PerturbedLayer(nn.Module):
         known = inspect.signature(cls._configure).parameters
         unknown = [name for name in arguments if name not in known]
         if unknown:
-            raise ValueError(f"{cls.__name__} has no argument {', '.join(unknown)}.")
+            raise ValueError(
+                f"{cls.__name__} has no argument {', '.join(unknown)}. Convert layers that take "
+                "other arguments by a second call with targets of their own (a second callback "
+                "Flipout)."
+            )
         perturbation = Gaussian() if perturbation is None else perturbation
         cls._check_settings(perturbation, estimator, base_perturbations)
         for name in cls.names_to_perturb(module, **arguments):

@@ -112,12 +112,6 @@ class FlipoutLinear(PerturbedLayer, nn.Linear):
         noise = torch.randn_like(std) if draw.seed is None else normal(std, derive(draw.seed, 0))
         return output + std * noise
 
-    def reset_parameters(self) -> None:
-        """Draw weights as nn.Linear does, and set the spread to its initial value."""
-        super().reset_parameters()
-        if "noise_source" in vars(self):
-            self._reset_spread()
-
     def extra_repr(self) -> str:
         """The arguments that are not usual."""
         text = super().extra_repr()

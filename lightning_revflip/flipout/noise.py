@@ -53,12 +53,16 @@ def native(*tensors: Tensor) -> bool:
 
 
 def composing() -> bool:
-    """Whether torch is transforming or compiling the running code.
+    """Whether torch is transforming, compiling or tracing the running code.
 
     Then only torch's own operations will do: no seeds, no compiled functions, no
     `torch.autograd.Function`.
     """
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+        or torch._C._are_functorch_transforms_active()
+    )
 
 
 class NoiseSource:

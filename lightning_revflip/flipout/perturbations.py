@@ -22,7 +22,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lightning_revflip.flipout.divergence import (
     add_gaussian_kl_gradient,
@@ -37,7 +36,11 @@ Spread = Sequence[Tensor]
 
 
 class Perturbation(ABC):
-    """How weights are perturbed; holds settings only, parameters belong to the layers."""
+    """How weights are perturbed; holds settings only, parameters belong to the layers.
+
+    A subclass keeps each argument of its constructor as an attribute of the same name, from which a
+    checkpoint builds it again.
+    """
 
     spread_names: tuple[str, ...] = ()
     """Suffixes of the parameters that each perturbed weight gets, such as `rho`."""
@@ -136,7 +139,15 @@ class Perturbation(ABC):
 
     def _arguments(self) -> dict[str, Any]:
         """The arguments of the constructor, which attributes of the same names hold."""
-        return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
+        names = inspect.signature(type(self)).parameters
+        missing = [name for name in names if not hasattr(self, name)]
+        if missing:
+            raise ValueError(
+                f"{type(self).__name__} must keep the arguments of its constructor as attributes "
+                f"of the same names, from which a checkpoint builds it again; there is no "
+                f"{', '.join(missing)}."
+            )
+        return {name: getattr(self, name) for name in names}
 
     def __eq__(self, other: object) -> bool:
         return type(other) is type(self) and vars(other) == vars(self)
@@ -333,8 +344,8 @@ class PerturbationSample(torch.autograd.Function):
         return perturbation.sample(mean, spread, seed)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        check_first_derivative()
         mean, *spread = ctx.saved_tensors
         grad = grad.clone(memory_format=torch.contiguous_format)
         _, grad_mean, grad_spread = ctx.perturbation.vjp(mean, spread, ctx.seed, grad)
@@ -350,18 +361,32 @@ def sample(perturbation: Perturbation, seed: int | None, mean: Tensor, spread: S
     if seed is None:
         return perturbation.scale(mean, *spread) * perturbation.noise(mean, None)
     if composing():
-        noise: Tensor = _noise_as_ever(perturbation, seed, mean)
+        noise: Tensor = _noise_outside_transforms(perturbation, seed, mean)
         return perturbation.scale(mean, *spread) * noise
     delta: Tensor = PerturbationSample.apply(perturbation, seed, mean, *spread)  # type: ignore[no-untyped-call]
     return delta
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def _noise_as_ever(perturbation: Perturbation, seed: int, mean: Tensor) -> Tensor:
+def _noise_outside_transforms(perturbation: Perturbation, seed: int, mean: Tensor) -> Tensor:
     """The noise of a seed in code that torch transforms, where `mean` may have no memory."""
     shape, dtype, device = mean.shape, mean.dtype, mean.device
     with torch._C._DisableFuncTorch():
         return perturbation.unit_noise(torch.empty(shape, dtype=dtype, device=device), seed)
+
+
+def check_first_derivative() -> None:
+    """Raise in a backward pass that is to be differentiated itself.
+
+    torch's `once_differentiable` lets it through in silence where the incoming gradient requires
+    none.
+    """
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "double backward through a flipout layer is not supported: its gradient cannot be "
+            "differentiated again (create_graph=True). Use torch.func, sampling(model, 'mean'), or "
+            "a plain layer for this."
+        )
 
 
 def _positive(name: str, value: float) -> float:

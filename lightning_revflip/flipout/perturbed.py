@@ -14,12 +14,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lightning_revflip.flipout.draw import Draw
 from lightning_revflip.flipout.linear_maps import LinearMap
 from lightning_revflip.flipout.noise import composing
-from lightning_revflip.flipout.perturbations import Perturbation, Spread, sample
+from lightning_revflip.flipout.perturbations import (
+    Perturbation,
+    Spread,
+    check_first_derivative,
+    sample,
+)
 
 _AUTOCAST = (torch.float32, torch.float16, torch.bfloat16)
 """What autocast converts."""
@@ -93,8 +97,8 @@ class PerturbedMap(torch.autograd.Function):
         return output
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        check_first_derivative()
         setting: Setting = ctx.setting
         x, mean, *spread = ctx.saved_tensors
         _, by_x, by_mean, by_bias, *by_spread = ctx.needs_input_grad
@@ -102,6 +106,7 @@ class PerturbedMap(torch.autograd.Function):
             sums = _Gradients(setting, x, mean, spread, grad, by_x, by_mean, any(by_spread))
             for number, group in enumerate(setting.draw.groups(len(x))):
                 sums.add(number, group)
+            sums.finish()
             grad_bias = setting.map.bias_grad(grad).to(ctx.bias_dtype) if by_bias else None
         return None, sums.by_x, sums.by_mean, grad_bias, *sums.by_spread
 
@@ -125,8 +130,8 @@ class _Gradients:
         self._wants_delta = by_spread or (by_mean and setting.perturbation.depends_on_mean)
         self._weight = mean.to(setting.dtype)
         self._s, self._r = _signs(setting, x, grad)
-        self.by_x, weight_grad = setting.map.grads(grad, x, self._weight, by_x, by_mean)
-        self.by_mean = None if weight_grad is None else weight_grad.to(mean.dtype)
+        self.by_x, _ = setting.map.grads(grad, x, self._weight, by_x, False)
+        self.by_mean: Tensor | None = None
         self.by_spread: list[Tensor | None] = [None] * len(spread)
 
     def add(self, number: int, group: slice) -> None:
@@ -145,6 +150,13 @@ class _Gradients:
                 )
                 assert grad_x is not None
                 self.by_x[block].addcmul_(grad_x, self._s[block])
+
+    def finish(self) -> None:
+        """Add what goes through the mean weight, now that no dW takes memory any more."""
+        if self._wants_mean:
+            _, part = self._setting.map.grads(self._grad, self._x, self._weight, False, True)
+            assert part is not None
+            self.by_mean = _add(part.to(self._mean.dtype), self.by_mean)
 
     def _add_weight_grads(self, blocks: Sequence[slice], seed: int) -> Tensor:
         """Add the gradients by mean and spread; returns dW."""

@@ -205,12 +205,6 @@ class _FlipoutRNN(PerturbedLayer, nn.RNNBase):
 
     # --- the rest ------------------------------------------------------------------------------
 
-    def reset_parameters(self) -> None:
-        """Draw weights as the plain layer does, and set the spread to its initial value."""
-        super().reset_parameters()
-        if "noise_source" in vars(self):
-            self._reset_spread()
-
     def extra_repr(self) -> str:
         """The arguments that are not usual."""
         text = super().extra_repr()

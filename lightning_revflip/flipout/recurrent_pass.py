@@ -14,11 +14,15 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lightning_revflip.flipout.draw import Draw
 from lightning_revflip.flipout.noise import composing
-from lightning_revflip.flipout.perturbations import Perturbation, Spread, sample
+from lightning_revflip.flipout.perturbations import (
+    Perturbation,
+    Spread,
+    check_first_derivative,
+    sample,
+)
 from lightning_revflip.flipout.recurrent_cells import Cell
 from lightning_revflip.flipout.recurrent_rows import PerturbedProduct, Steps, weight_grad
 
@@ -96,8 +100,8 @@ class RecurrentPass(torch.autograd.Function):
         return output, *last
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_output: Tensor, *grad_last: Tensor) -> tuple[Tensor | None, ...]:
+        check_first_derivative()
         setting, draws = ctx.setting, ctx.draws
         x, gates, kept, output, *tensors = ctx.saved_tensors
         states, weights = _unpacked(setting, draws, tensors)

@@ -24,7 +24,7 @@ from lightning_revflip.flipout import (
     elbo_loss,
     kl,
 )
-from lightning_revflip.flipout.divergence import inverse_softplus, softplus
+from lightning_revflip.flipout.divergence import gaussian_kl, inverse_softplus, softplus
 from tests.helpers.flipout_layers import NEEDS_COMPILER, Laplace, torch_only
 from tests.helpers.properties import examples
 
@@ -260,3 +260,13 @@ def test_noise_without_parameters_has_no_divergence():
     for perturbation in (MultiplicativeGaussian(), DropConnect(), Gaussian(learnable=False)):
         assert perturbation.kl(mean) is None
         assert not perturbation.has_prior
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_sum_is_formed_in_float32_at_least(dtype):
+    mean, rho = torch.zeros(2**20, dtype=dtype), torch.full((2**20,), -4.0, dtype=dtype)
+    expected = gaussian_kl(mean.double(), rho.double(), 1.0)
+    found = gaussian_kl(mean.requires_grad_(), rho.requires_grad_(), 1.0)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=0)
+    found.backward()
+    assert rho.grad.dtype == dtype

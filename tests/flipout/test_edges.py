@@ -8,6 +8,7 @@ from lightning_revflip.flipout import (
     FlipoutConv2d,
     FlipoutEmbedding,
     FlipoutLinear,
+    FlipoutLSTM,
     Gaussian,
     kl,
 )
@@ -108,18 +109,30 @@ def test_an_output_may_be_changed_in_place():
     assert layer.weight.grad is not None
 
 
+@pytest.mark.parametrize("estimator", ["flipout", "shared"])
 @pytest.mark.parametrize(
-    ("layer", "x"),
+    ("kind", "arguments", "shape"),
     [
-        (FlipoutLinear(4, 3), torch.ones(2, 4, requires_grad=True)),
-        (FlipoutConv2d(2, 3, 2), torch.ones(2, 2, 3, 3, requires_grad=True)),
+        (FlipoutLinear, (4, 3), (2, 4)),
+        (FlipoutConv2d, (2, 3, 2), (2, 2, 3, 3)),
+        (FlipoutLSTM, (4, 3), (5, 2, 4)),
     ],
-    ids=["linear", "conv"],
+    ids=["linear", "conv", "lstm"],
 )
-def test_second_derivatives_are_refused(layer, x):
-    (grad,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
+def test_second_derivatives_are_refused(kind, arguments, shape, estimator):
+    """Also where the incoming gradient, here that of a sum, does not require one itself."""
+    layer, x = kind(*arguments, estimator=estimator), torch.ones(shape, requires_grad=True)
+    found = layer(x)
+    output = found[0] if isinstance(found, tuple) else found
+    with pytest.raises(RuntimeError, match="double backward through a flipout layer"):
+        torch.autograd.grad(output.sum(), [x, *layer.parameters()], create_graph=True)
+
+
+def test_training_layers_can_be_traced():
+    layer, x = FlipoutLinear(4, 3), torch.ones(2, 4)
+    traced = torch.jit.trace(layer, x, check_trace=False)
+    assert traced(x).shape == (2, 3)
+    assert not torch.equal(traced(x), traced(x))
 
 
 def test_second_derivatives_work_where_torch_transforms_the_code():

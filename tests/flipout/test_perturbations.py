@@ -323,3 +323,35 @@ def test_repr_has_the_arguments():
     layer = FlipoutLinear(3, 2, perturbation=DropConnect(), base_perturbations=4, example_dim=1)
     text = "in_features=3, out_features=2, bias=True, perturbation=DropConnect(p=0.5)"
     assert repr(layer) == f"FlipoutLinear({text}, base_perturbations=4, example_dim=1)"
+
+
+class Unnamed(Gaussian):
+    """Does not keep its argument."""
+
+    def __init__(self, size: float) -> None:
+        super().__init__(init_std=size)
+
+
+class Scalar(Gaussian):
+    """Has one spread for all of a weight."""
+
+    def initial_spread(self, mean):
+        return [mean.new_zeros(())]
+
+
+class Missing(Gaussian):
+    """Has no spread though it names one."""
+
+    def initial_spread(self, mean):
+        return []
+
+
+def test_a_perturbation_must_keep_the_arguments_of_its_constructor():
+    with pytest.raises(ValueError, match="must keep the arguments.*there is no size"):
+        Unnamed(0.1).to_config()
+
+
+@pytest.mark.parametrize("kind", [Scalar, Missing])
+def test_a_spread_must_have_the_shape_of_its_weight(kind):
+    with pytest.raises(ValueError, match="must return a tensor in the shape of the weight"):
+        FlipoutLinear(4, 3, perturbation=kind())

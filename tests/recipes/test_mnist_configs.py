@@ -23,7 +23,7 @@ NETWORKS = {
 OPTIMIZERS = {None: ("adam", 1e-3, 0.0), "sgd": ("sgd", 0.1, 0.9)}
 OTHERS = {"base", "small", "csv", "batch_8192", "es"}
 FLIPOUT = {
-    "flipout_bayes": ("flipout", Gaussian(init_std=0.02, prior_std=0.1)),
+    "flipout_bayes": ("flipout", Gaussian(init_std=0.05, prior_std=1.0)),
     "flipout_multiplicative": ("flipout", MultiplicativeGaussian(1.0)),
     "flipout_multiplicative_shared": ("shared", MultiplicativeGaussian(1.0)),
 }
