@@ -41,10 +41,11 @@ lint: $(STAMP) ## check style, types and the direction of imports
 docs: $(STAMP) ## build the documentation into site/, offline
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
-bench: $(STAMP) ## measure layers and language models against nn.GRU, nn.LSTM and checkpointing
+bench: $(STAMP) ## measure layers and models against those of torch, and checkpointing
 	@$(BIN)/python -m benchmarks.reversible_layer
 	@$(BIN)/python -m benchmarks.language_model
 	@$(BIN)/python -m benchmarks.language_model --long
+	@$(BIN)/python -m benchmarks.flipout layers evolution
 
 clean: ## remove the environment, builds and caches, keep runs/
 	rm -rf $(VENV) build dist site .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache

@@ -86,7 +86,10 @@ def write(name: str, rows: list[dict[str, Any]], device: str | None = None, **mo
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
     path.write_text(
-        json.dumps({"environment": environment(device), **more, "rows": rows}, indent=1) + "\n"
+        json.dumps(
+            {"environment": environment(device), **more, "rows": rows}, indent=1, allow_nan=False
+        )
+        + "\n"
     )
     return path
 

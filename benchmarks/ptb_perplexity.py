@@ -3,6 +3,8 @@
     python -m benchmarks.ptb_perplexity [--steps 400] [--lr 20] [--cells gru revgru lstm revlstm]
     python -m benchmarks.ptb_perplexity --size paper --steps 2000 --every 250 \\
         --cells lstm revlstm_sequence revlstm_forgetful_sequence --output ptb_paper
+    python -m benchmarks.ptb_perplexity --steps 2052 --every 171 --cells lstm_weightdrop \\
+        lstm_flipout_dropconnect lstm_flipout_gaussian --output ptb_flipout [--char]
 
 Runs `revflip fit` with the recipe's configurations (same seed, same windows), then reads the logged
 metrics. Needs the Penn Treebank in REVFLIP_DATA; writes results/OUTPUT.json and its curve beside
@@ -32,12 +34,18 @@ CELLS = {
     "revlstm_forgetful": ["lstm", "rev3_forgetful"],
     "revlstm_sequence": ["lstm", "rev3", "sequence"],
     "revlstm_forgetful_sequence": ["lstm", "rev3_forgetful", "sequence"],
+    "lstm_weightdrop": ["lstm_weightdrop"],
+    "lstm_flipout_dropconnect": ["lstm_flipout_dropconnect"],
+    "lstm_flipout_gaussian": ["lstm_flipout_gaussian"],
+    "revlstm_weightdrop": ["rev3", "lstm_weightdrop"],
+    "revlstm_flipout_dropconnect": ["rev3", "lstm_flipout_dropconnect"],
 }
 
 
 def command(cell: str, options: argparse.Namespace, folder: Path) -> list[str]:
     """The training of one cell, as a user would start it."""
-    configs = ["base", options.size, *CELLS[cell], "csv"]
+    level = ["char"] if options.char else []
+    configs = ["base", options.size, *level, *CELLS[cell], "csv"]
     return [
         *(sys.executable, "-m", "lightning_revflip.cli", "fit"),
         *(f"--config={CONFIGS / name}.yaml" for name in configs),
@@ -78,11 +86,17 @@ def draw(rows: list[dict[str, Any]]) -> Figure:
     for row in rows:
         reversible, forgetful = row["cell"].startswith("rev"), "forgetful" in row["cell"]
         style = ":" if forgetful else "--" if reversible else "-"
-        color = "C0" if "gru" in row["cell"] else "C1"
+        color = color_of(row["cell"])
         axes.plot(*zip(*row["curve"], strict=True), style, color=color, label=row["cell"])
     axes.set(xlabel="training steps", ylabel="validation perplexity")
     axes.legend()
     return figure
+
+
+def color_of(cell: str) -> str:
+    """GRU blue, LSTM orange; LSTMs with perturbed weights have colours of their own."""
+    kinds = {"gru": "C0", "weightdrop": "C2", "dropconnect": "C3", "gaussian": "C4"}
+    return next((color for kind, color in kinds.items() if kind in cell), "C1")
 
 
 def train(options: argparse.Namespace, folder: Path) -> None:
@@ -104,6 +118,7 @@ def main() -> None:
     add("--size", choices=("small", "paper", "paper_2layer"), default="small")
     add("--steps", type=int, default=400)
     add("--every", type=int, default=100, help="steps between two validations")
+    add("--char", action="store_true", help="characters instead of words")
     add("--lr", type=float, default=20.0)
     add("--cells", nargs="+", choices=CELLS, default=list(CELLS)[:5])
     add("--output", default="ptb_perplexity", help="name of the results file")
@@ -127,7 +142,8 @@ def main() -> None:
             if plain is not None:
                 row["perplexity_ratio"] = row["val_perplexity"] / plain["val_perplexity"]
         print({key: value for key, value in row.items() if key != "curve"})
-    settings = {"size": options.size, "steps": options.steps, "lr": options.lr}
+    level = "char" if options.char else "word"
+    settings = {"size": options.size, "level": level, "steps": options.steps, "lr": options.lr}
     print(measure.write(options.output, rows, **settings))
     draw(rows).savefig(f"recipes/ptb/{options.output}.png", dpi=100)
 
