@@ -12,8 +12,16 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from lightning_revflip.callbacks._conversion import callbacks_of
 from lightning_revflip.flipout.evolution import FlipoutES
 from lightning_revflip.flipout.evolution.fitness import Shaping
+from lightning_revflip.flipout.evolution.settings import (
+    check_examples,
+    check_loss,
+    check_sigma,
+    check_targets,
+    check_whole,
+)
 
 
 class EvolutionStrategies(Callback):
@@ -37,6 +45,8 @@ class EvolutionStrategies(Callback):
     Under DDP each process evaluates its share of the members. Processes with the same batch, or
     with the parts of one batch in order, train as one process with this batch does.
 
+    A Trainer can have one of them; `targets` may choose several parts of a model.
+
     Does not work with manual optimization, with 16-bit mixed precision, whose scaling is for
     backward passes (use bf16-mixed), and with strategies that cut up parameters.
 
@@ -55,8 +65,9 @@ class EvolutionStrategies(Callback):
 
     Raises:
         MisconfigurationException: at the start of training, if module or Trainer do not fit.
-        ValueError: at the start of training, for settings that do not fit together and parameters
-            that cannot be perturbed; in training, if losses are not equally many for each member.
+        ValueError: for settings of the wrong kind; at the start of training, for settings that do
+            not fit together and parameters that cannot be perturbed; in training, if losses are
+            not equally many for each member.
 
     Example:
         >>> from torch.nn import CrossEntropyLoss
@@ -77,8 +88,13 @@ class EvolutionStrategies(Callback):
         loss: nn.Module | Callable[[Tensor, Tensor], Tensor] | None = None,
         seed: int = 0,
     ) -> None:
-        if examples is not None and examples < 1:
-            raise ValueError(f"examples must be at least 1, or None for the batch; got {examples}.")
+        check_sigma(sigma)
+        check_whole("population", population)
+        check_whole("base_perturbations", base_perturbations)
+        check_whole("seed", seed, least=None)
+        check_examples(examples)
+        check_targets(targets)
+        check_loss(loss)
         self.sigma = sigma
         self.population = population
         self.base_perturbations = base_perturbations
@@ -97,6 +113,11 @@ class EvolutionStrategies(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
+        if sum(isinstance(each, EvolutionStrategies) for each in callbacks_of(trainer)) > 1:
+            raise MisconfigurationException(
+                "the Trainer has more than one EvolutionStrategies, and each would replace the "
+                "gradients of the other. Use one; its targets may choose several parts of a model."
+            )
         if not pl_module.automatic_optimization:
             raise MisconfigurationException(
                 "EvolutionStrategies stands in for the backward pass of automatic optimization, "
@@ -192,6 +213,12 @@ class EvolutionStrategies(Callback):
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         vars(pl_module).pop("backward", None)
+
+    @property
+    def state_key(self) -> str:
+        # Lets a second one get as far as `setup`, which says what is wrong.
+        targets = None if self.targets is None else [str(target) for target in self.targets]
+        return self._generate_state_key(targets=targets)
 
     def state_dict(self) -> dict[str, Any]:
         if self.evolution is None:

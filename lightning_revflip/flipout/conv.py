@@ -13,6 +13,14 @@ from lightning_revflip.flipout.perturbations import Perturbation
 from lightning_revflip.flipout.perturbed import perturbed_map
 
 
+def padded_input(conv: nn.modules.conv._ConvNd, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """The input of a convolution, and how much of zeros it still has to pad."""
+    if conv.padding_mode == "zeros" and not isinstance(conv.padding, str):
+        return x, conv.padding
+    mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
+    return F.pad(x, conv._reversed_padding_repeated_twice, mode), (0,) * len(conv.kernel_size)
+
+
 class _FlipoutConv(PerturbedLayer, nn.modules.conv._ConvNd):
     """What the three have in common; mixed in before the nn class."""
 
@@ -39,18 +47,11 @@ class _FlipoutConv(PerturbedLayer, nn.modules.conv._ConvNd):
                 f"same without examples, got shape {tuple(input.shape)}."
             )
         batched = input.dim() == space + 2
-        x, padding = self._padded(input if batched else input.unsqueeze(0))
+        x, padding = padded_input(self, input if batched else input.unsqueeze(0))
         convolution = Convolution(self.stride, padding, self.dilation, self.groups)
         arguments = (draws["weight"], x, self.weight, self.bias, self.spread("weight"))
         output = perturbed_map(convolution, self.perturbation, *arguments)
         return output if batched else output.squeeze(0)
-
-    def _padded(self, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-        """The input, and how much of zeros the convolution pads by itself."""
-        if self.padding_mode == "zeros" and not isinstance(self.padding, str):
-            return x, self.padding
-        mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
-        return F.pad(x, self._reversed_padding_repeated_twice, mode), (0,) * len(self.kernel_size)
 
 
 class FlipoutConv1d(_FlipoutConv, nn.Conv1d):

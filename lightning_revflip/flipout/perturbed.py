@@ -138,18 +138,32 @@ class _Gradients:
         """Add what goes through the perturbation of a group."""
         blocks = self._setting.map.blocks(self._x, group)
         seed = _seed(self._setting.draw, number)
-        if self._wants_delta:
-            delta = self._add_weight_grads(blocks, seed)
-        elif self.by_x is not None:
-            delta = self._setting.perturbation.sample(self._mean, self._spread, seed)
-        if self.by_x is not None:
-            delta = delta.to(self._setting.dtype)
-            for block in blocks:
-                grad_x, _ = self._setting.map.grads(
-                    self._grad[block] * self._r[block], self._x[block], delta, True, False
-                )
-                assert grad_x is not None
+        if self._wants_delta and len(blocks) == 1:
+            delta = self._add_weight_grads(seed, self._sweep(blocks, self._weight, False, True))
+            self._sweep(blocks, delta.to(self._setting.dtype), self.by_x is not None, False)
+            return
+        # Weights are small beside inputs that come in blocks: they are drawn once more, so that
+        # each block is visited once.
+        delta = self._setting.perturbation.sample(self._mean, self._spread, seed)
+        delta = delta.to(self._setting.dtype)
+        grad_delta = self._sweep(blocks, delta, self.by_x is not None, self._wants_delta)
+        if grad_delta is not None:
+            self._add_weight_grads(seed, grad_delta)
+
+    def _sweep(
+        self, blocks: Sequence[slice], weight: Tensor, by_x: bool, by_weight: bool
+    ) -> Tensor | None:
+        """Add the gradients by the input, and return that by the weight, where wanted."""
+        grad_weight: Tensor | None = None
+        for block in blocks if by_x or by_weight else ():
+            grads = self._grad[block] * self._r[block]
+            inputs = self._x[block] * self._s[block] if by_weight else self._x[block]
+            grad_x, part = self._setting.map.grads(grads, inputs, weight, by_x, by_weight)
+            grad_weight = _add(grad_weight, part)
+            if grad_x is not None:
+                assert self.by_x is not None
                 self.by_x[block].addcmul_(grad_x, self._s[block])
+        return grad_weight
 
     def finish(self) -> None:
         """Add what goes through the mean weight, now that no dW takes memory any more."""
@@ -158,14 +172,8 @@ class _Gradients:
             assert part is not None
             self.by_mean = _add(part.to(self._mean.dtype), self.by_mean)
 
-    def _add_weight_grads(self, blocks: Sequence[slice], seed: int) -> Tensor:
+    def _add_weight_grads(self, seed: int, grad_delta: Tensor | None) -> Tensor:
         """Add the gradients by mean and spread; returns dW."""
-        grad_delta: Tensor | None = None
-        for block in blocks:
-            inputs = self._x[block] * self._s[block]
-            grads = self._grad[block] * self._r[block]
-            _, part = self._setting.map.grads(grads, inputs, self._weight, False, True)
-            grad_delta = _add(grad_delta, part)
         assert grad_delta is not None
         delta, by_mean, by_spread = self._setting.perturbation.vjp(
             self._mean, self._spread, seed, grad_delta.to(self._mean.dtype)

@@ -16,6 +16,7 @@ from torchmetrics import MeanMetric
 
 from lightning_revflip.flipout.evolution import FlipoutES
 from lightning_revflip.flipout.evolution.fitness import Shaping
+from lightning_revflip.flipout.evolution.settings import check_examples, check_loss
 
 Batch = Sequence[Any]
 """Inputs of the network, and targets."""
@@ -32,7 +33,9 @@ class EvolutionModule(LightningModule):
     and with the default loss `val/accuracy` and `test/accuracy`.
 
     Checkpoint: seed and generation, so that a resumed run has the members that the other would have
-    had.
+    had, and the arguments but for `network`, `loss` and `optimizer`. Give these again to load one:
+    `EvolutionModule.load_from_checkpoint(path, network=...)`. Only checkpoints of a LightningCLI,
+    such as `revflip`, hold the configuration of these three as well, and are loaded without them.
 
     Under DDP each process evaluates its share of the members. Processes with the same batch, or
     with the parts of one batch in order, train as one process with this batch does.
@@ -81,8 +84,11 @@ class EvolutionModule(LightningModule):
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
-        if examples is not None and examples < 1:
-            raise ValueError(f"examples must be at least 1, or None for the batch; got {examples}.")
+        self.save_hyperparameters(ignore=["network", "loss", "optimizer"])
+        if "_instantiator" in self.hparams:  # of a LightningCLI: configurations, not the objects
+            self.save_hyperparameters()
+        check_examples(examples)
+        check_loss(loss)
         self.network = network
         self.examples = examples
         self.loss = loss

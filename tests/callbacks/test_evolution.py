@@ -162,9 +162,30 @@ def test_modules_that_do_not_fit_are_refused(tmp_path, model, error, message):
         trainer.fit(model(), loader())
 
 
+WRONG_SETTINGS = [
+    ({"sigma": 0.0}, "sigma must be a positive"),
+    ({"examples": 0}, "examples must be a whole number from 1, or None.*got 0"),
+    ({"examples": 2.5}, "examples must be a whole number from 1, or None.*got 2.5"),
+    ({"population": 64.0}, "population must be a whole number from 1, got 64.0"),
+    ({"base_perturbations": 0}, "base_perturbations must be a whole number from 1"),
+    ({"seed": 1.5}, "seed must be a whole number, got 1.5"),
+    ({"targets": "network.0"}, "targets must be a list of patterns or types, got 'network.0'"),
+    ({"loss": "ce"}, "loss must be a function of outputs and targets.*got 'ce'"),
+    ({"loss": nn.CrossEntropyLoss()}, "reduction='mean'.*CrossEntropyLoss.reduction='none'"),
+]
+
+
+def test_a_second_one_is_refused(tmp_path):
+    both = [EvolutionStrategies(**SETTINGS, targets=[name]) for name in ("*.0", "*.2")]
+    trainer = quiet_trainer(tmp_path, callbacks=both)
+    with pytest.raises(MisconfigurationException, match="more than one EvolutionStrategies"):
+        trainer.fit(WithLosses(), loader())
+
+
 def test_bad_settings_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="examples must be at least 1"):
-        EvolutionStrategies(**SETTINGS, examples=0)
+    for settings, message in WRONG_SETTINGS:
+        with pytest.raises(ValueError, match=message):
+            EvolutionStrategies(**{**SETTINGS, **settings})
     trainer = quiet_trainer(tmp_path, callbacks=[EvolutionStrategies(**SETTINGS)])
     trainer.precision_plugin.scaler = object()
     with pytest.raises(MisconfigurationException, match="bf16-mixed"):

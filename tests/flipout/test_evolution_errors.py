@@ -74,7 +74,10 @@ def test_parameters_that_cannot_be_perturbed_are_named(make, message):
     [
         ({"sigma": 0.0}, "sigma must be a positive"),
         ({"sigma": float("nan")}, "sigma must be a positive"),
-        ({"population": 0}, "population must be at least 1"),
+        ({"sigma": "0.1"}, "sigma must be a positive"),
+        ({"population": 0}, "population must be a whole number from 1, got 0"),
+        ({"population": 64.0}, "population must be a whole number from 1, got 64.0"),
+        ({"seed": 1.5}, "seed must be a whole number, got 1.5"),
         ({"population": 7}, "antithetic pairs.*multiple of 2"),
         ({"population": 8, "base_perturbations": 3}, "multiple of 6"),
         (
@@ -84,6 +87,9 @@ def test_parameters_that_cannot_be_perturbed_are_named(make, message):
         ({"population": 5, "base_perturbations": 2, "antithetic": False}, "multiple of 2"),
         ({"shaping": "ranks"}, "shaping must be one of"),
         ({"targets": ["missing.*"]}, "'missing.\\*' fits no module"),
+        ({"targets": "net.1"}, "targets must be a list of patterns or types, got 'net.1'"),
+        ({"targets": nn.Linear}, "targets must be a list of patterns or types"),
+        ({"targets": [1]}, "targets must be a list of patterns or types"),
     ],
     ids=lambda value: None if isinstance(value, str) else "-".join(value),
 )
@@ -110,8 +116,13 @@ def test_wrong_rows_fitness_and_use_are_refused():
         es.member(4)
     with pytest.raises(ValueError, match="equally many examples"):
         es.repeat((torch.zeros(2), torch.zeros(3)))
-    with pytest.raises(ValueError, match="examples must be at least 1"):
-        es.repeat(torch.zeros(2), examples=0)
+    for examples in (0, 2.5):
+        with pytest.raises(ValueError, match=f"whole number from 1, or None.*got {examples}"):
+            es.repeat(torch.zeros(2), examples=examples)
+    with pytest.raises(ValueError, match=r"got shape \(\), one number for all.*reduction='none'"):
+        es.fitness_of_losses(torch.tensor(1.0))
+    with pytest.raises(ValueError, match="Call `gradient` before"):
+        es.gradient_norm()
     with pytest.raises(ValueError, match="divided equally over 3"):
         es.share(0, 3)
     with pytest.raises(ValueError, match="rank must be"):

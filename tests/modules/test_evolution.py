@@ -1,5 +1,6 @@
 """EvolutionModule trains by FlipoutES, also over several processes and after a resume."""
 
+import json
 import os
 import subprocess
 import sys
@@ -10,9 +11,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningDataModule
 from torch import nn
 from torch.optim import SGD, Adam
 
+from lightning_revflip.cli import RevflipCLI
 from lightning_revflip.flipout.evolution import FlipoutES
 from lightning_revflip.modules import EvolutionModule
 from tests.helpers.models import quiet_trainer
@@ -82,6 +85,59 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path):
         assert value.equal(rest.state_dict()[name]), name
 
 
+def test_a_checkpoint_is_loaded_with_the_settings_it_was_made_with(tmp_path):
+    module = evolution_module(examples=3, shaping="standardized", targets=["0"])
+    trainer = quiet_trainer(tmp_path, max_epochs=1)
+    trainer.fit(module, loader())
+    trainer.save_checkpoint(tmp_path / "model.ckpt")
+    loaded = EvolutionModule.load_from_checkpoint(
+        tmp_path / "model.ckpt", network=network(), weights_only=True
+    )
+    assert loaded.hparams == module.hparams
+    assert set(loaded.hparams) & {"network", "loss", "optimizer"} == set()
+    assert repr(loaded.evolution) == repr(module.evolution)
+    assert loaded.evolution.state_dict() == module.evolution.state_dict()
+    assert (loaded.examples, len(loaded.evolution.parameters)) == (3, 2)
+    for name, value in module.state_dict().items():
+        assert value.equal(loaded.state_dict()[name]), name
+
+
+class Points(LightningDataModule):
+    def train_dataloader(self):
+        return loader()
+
+
+def test_a_checkpoint_of_the_command_line_is_loaded_as_it_is(monkeypatch, tmp_path):
+    config = {
+        "model": {
+            "class_path": "lightning_revflip.modules.EvolutionModule",
+            "init_args": {
+                "network": {
+                    "class_path": "torch.nn.Linear",
+                    "init_args": {"in_features": 4, "out_features": 3},
+                },
+                "population": 32,
+                "loss": {
+                    "class_path": "torch.nn.CrossEntropyLoss",
+                    "init_args": {"reduction": "none", "label_smoothing": 0.1},
+                },
+                "optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.5}},
+            },
+        },
+        "data": {"class_path": f"{__name__}.Points"},
+        "trainer": {"accelerator": "cpu", "max_epochs": 1, "logger": False},
+    }
+    (tmp_path / "config.yaml").write_text(json.dumps(config))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["revflip"])
+    RevflipCLI(["fit", "--config=config.yaml"])
+    (path,) = tmp_path.glob("checkpoints/*.ckpt")
+    loaded = EvolutionModule.load_from_checkpoint(path, weights_only=True)
+    assert (loaded.loss.reduction, loaded.loss.label_smoothing) == ("none", 0.1)
+    assert loaded.evolution.population.size == 32
+    assert loaded.configure_optimizers().defaults["lr"] == 0.5
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["module", "callback"])
 def test_two_processes_train_as_one(tmp_path, kind):
@@ -102,12 +158,24 @@ def test_two_processes_train_as_one(tmp_path, kind):
         torch.testing.assert_close(two[name], value, atol=1e-6, rtol=1e-6)
 
 
+WRONG_SETTINGS = [
+    ({"examples": 0}, "examples must be a whole number from 1, or None.*got 0"),
+    ({"examples": 2.5}, "examples must be a whole number from 1, or None.*got 2.5"),
+    ({"population": 64.0}, "population must be a whole number from 1, got 64.0"),
+    ({"seed": 1.5}, "seed must be a whole number, got 1.5"),
+    ({"targets": "0"}, "targets must be a list of patterns or types, got '0'"),
+    ({"loss": "ce"}, "loss must be a function of outputs and targets.*got 'ce'"),
+    ({"loss": nn.CrossEntropyLoss()}, "reduction='mean'.*CrossEntropyLoss.reduction='none'"),
+]
+
+
 def test_bad_input_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="examples must be at least 1"):
-        evolution_module(examples=0)
+    for settings, message in WRONG_SETTINGS:
+        with pytest.raises(ValueError, match=message):
+            evolution_module(**settings)
     with pytest.raises(ValueError, match="LayerNorm"):
         EvolutionModule(nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2)))
-    module = evolution_module(loss=nn.CrossEntropyLoss())
+    module = evolution_module(loss=F.cross_entropy)
     with pytest.raises(ValueError, match="reduction='none'"):
         quiet_trainer(tmp_path).fit(module, loader())
     trainer = quiet_trainer(tmp_path)

@@ -16,7 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_revflip.flipout.conv import padded_input
 from lightning_revflip.flipout.evolution.noise import PerturbedParameter, PopulationNoise
+from lightning_revflip.flipout.evolution.rows import Rows
 from lightning_revflip.flipout.linear_maps import Convolution, LinearMap, MatrixProduct
 
 _NUMBERS_AT_ONCE = 2**18
@@ -42,6 +44,7 @@ class MemberMap:
 
     Args:
         noise: the perturbations.
+        rows: which rows of a batch belong to which member.
         linear_map: the map.
         weight: its weight without perturbation.
         bias: added to the output; or None.
@@ -53,6 +56,7 @@ class MemberMap:
     def __init__(
         self,
         noise: PopulationNoise,
+        rows: Rows,
         linear_map: LinearMap,
         weight: Tensor,
         bias: Tensor | None,
@@ -61,6 +65,7 @@ class MemberMap:
         path: str,
     ) -> None:
         self._noise = noise
+        self._rows = rows
         self._map = linear_map
         self._weight = weight
         self._bias = bias
@@ -82,12 +87,12 @@ class MemberMap:
 
     def __call__(self, x: Tensor) -> Tensor:
         """The map of (rows, ...) under the present autocast state."""
-        rows = rows_of_member(x, self._noise, self._path)
+        rows = self._rows.of_member(x, self._path)
         kind = x.device.type
         autocast = torch.is_autocast_enabled(kind)
         dtype = torch.get_autocast_dtype(kind) if autocast else x.dtype
         with torch.autocast(kind, enabled=False):
-            return self._apply(x.to(dtype), rows)
+            return self._rows.mark(self._apply(x.to(dtype), rows))
 
     def _apply(self, x: Tensor, rows: int) -> Tensor:
         bias = None if self._bias is None else self._bias.to(x.dtype)
@@ -132,15 +137,17 @@ class MemberLayer(ABC):
         module: the layer.
         path: its name in the model.
         noise: the perturbations.
+        rows: which rows of a batch belong to which member.
         perturbed: the parameters that are perturbed, by their names in the layer.
     """
 
     def __init__(
-        self, module: Any, path: str, noise: PopulationNoise, perturbed: Perturbed
+        self, module: Any, path: str, noise: PopulationNoise, rows: Rows, perturbed: Perturbed
     ) -> None:
         self.module = module
         self.path = path
         self.noise = noise
+        self.rows = rows
         self.perturbed = perturbed
 
     @staticmethod
@@ -160,6 +167,7 @@ class MemberLayer(ABC):
         """A map with parameters of the layer."""
         return MemberMap(
             self.noise,
+            self.rows,
             linear_map,
             getattr(self.module, weight),
             None if bias is None else getattr(self.module, bias),
@@ -200,11 +208,7 @@ class MemberConv(MemberLayer):
                 f"{self.path} needs rows of members first, (rows, channels, {'space, ' * space})"
                 f", got shape {tuple(input.shape)}."
             )
-        padding = conv.padding
-        if conv.padding_mode != "zeros" or isinstance(padding, str):
-            mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
-            input = F.pad(input, conv._reversed_padding_repeated_twice, mode)
-            padding = (0,) * space
+        input, padding = padded_input(conv, input)
         convolution = Convolution(conv.stride, padding, conv.dilation, conv.groups)
         return self.map(convolution, "weight", "bias")(input)
 
@@ -219,12 +223,12 @@ class MemberEmbedding(MemberLayer):
         return {"weight": Use(module.embedding_dim, still_row=module.padding_idx)}
 
     def __call__(self, input: Tensor) -> Tensor:
-        rows = rows_of_member(input, self.noise, self.path)
+        rows = self.rows.of_member(input, self.path)
         table = self.module.weight
         output = F.embedding(input, table)
         parameter = self.perturbed.get("weight")
         if parameter is None:
-            return output
+            return self.rows.mark(output)
         ways, start = self.noise.population.ways, 0
         for segment in self.noise.segments:
             directions = segment.directions
@@ -237,19 +241,4 @@ class MemberEmbedding(MemberLayer):
             if ways == 2:
                 delta[1].neg_()
             output[part] += delta.view(output[part].shape)
-        return output
-
-
-def rows_of_member(x: Tensor, noise: PopulationNoise, path: str) -> int:
-    """How many rows of a batch each member of this process has.
-
-    Raises:
-        ValueError: if they cannot be divided so.
-    """
-    members = noise.population.local_size
-    if x.dim() == 0 or len(x) == 0 or len(x) % members:
-        raise ValueError(
-            f"{path} got an input of shape {tuple(x.shape)}, whose first dimension must hold the "
-            f"rows of {members} members, equally many of each. Make the input by `repeat`."
-        )
-    return len(x) // members
+        return self.rows.mark(output)

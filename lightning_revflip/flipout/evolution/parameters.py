@@ -18,6 +18,7 @@ from lightning_revflip.flipout.evolution.layers import (
 )
 from lightning_revflip.flipout.evolution.noise import PerturbedParameter
 from lightning_revflip.flipout.evolution.recurrent import MemberGRU, MemberLSTM
+from lightning_revflip.flipout.evolution.settings import check_targets
 
 MEMBER_LAYERS: dict[type[nn.Module], type[MemberLayer]] = {
     nn.Linear: MemberLinear,
@@ -52,9 +53,10 @@ def perturbed_modules(model: nn.Module, targets: Targets | None) -> list[Perturb
         targets: glob patterns of module names, or module types; None: all modules.
 
     Raises:
-        ValueError: if a parameter cannot be perturbed, naming it, if there is none that can, or a
-            target fits nothing.
+        ValueError: if a parameter cannot be perturbed, naming it, if there is none that can, if a
+            target fits nothing, or for targets that are not a list.
     """
+    check_targets(targets)
     known: dict[nn.Parameter, PerturbedParameter] = {}
     found, unsupported = [], []
     for path, module in _chosen(model, targets):

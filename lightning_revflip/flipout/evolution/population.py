@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_revflip.flipout.evolution.settings import check_whole
+
 
 class Segment(NamedTuple):
     """Neighbouring directions of one group, from `start` up to `stop`."""
@@ -48,8 +50,7 @@ class Population:
 
     def __post_init__(self) -> None:
         for name, value in {"population": self.size, "base_perturbations": self.groups}.items():
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}.")
+            check_whole(name, value)
         if self.size % (self.ways * self.groups):
             pairs = "antithetic pairs" if self.antithetic else "members"
             raise ValueError(

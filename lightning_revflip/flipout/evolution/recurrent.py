@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 from lightning_revflip.flipout.evolution.layers import VECTOR, MemberLayer, MemberMap, Use
 from lightning_revflip.flipout.linear_maps import MatrixProduct
+from lightning_revflip.flipout.recurrent_cells import GRU, LSTM, Cell
 
 States = tuple[Tensor, ...]
 """(h,) of a GRU, (h, c) of an LSTM; each (layers * directions, rows, hidden_size)."""
@@ -18,6 +19,9 @@ States = tuple[Tensor, ...]
 
 class _MemberRNN(MemberLayer):
     """What the two have in common; a row of members is one sequence."""
+
+    cell: ClassVar[Cell]
+    """The arithmetic of a step."""
 
     @staticmethod
     def uses(module: nn.RNNBase) -> dict[str, Use]:
@@ -57,7 +61,7 @@ class _MemberRNN(MemberLayer):
         directions = 2 if rnn.bidirectional else 1
         if initial is None:
             zeros = x.new_zeros(rnn.num_layers * directions, len(x), rnn.hidden_size)
-            initial = (zeros,) * (2 if isinstance(rnn, nn.LSTM) else 1)
+            initial = (zeros,) * self.cell.states
         last: list[States] = []
         for layer in range(rnn.num_layers):
             if layer and rnn.training and rnn.dropout:
@@ -80,7 +84,7 @@ class _MemberRNN(MemberLayer):
         gates, outputs = of_input(x), [x] * x.shape[1]
         steps = range(x.shape[1])
         for step in reversed(steps) if reverse else steps:
-            after = self.step(gates[:, step], of_hidden(state[0]), state)
+            after = self.cell.step(gates[:, step], of_hidden(state[0]), state)
             output = after[0]
             if lengths is not None:
                 inside = (step < lengths).unsqueeze(1)
@@ -95,14 +99,11 @@ class _MemberRNN(MemberLayer):
         bias = f"bias_{kind}_{suffix}" if self.module.bias else None
         return self.map(MatrixProduct(), f"weight_{kind}_{suffix}", bias)
 
-    @staticmethod
-    def step(of_input: Tensor, of_hidden: Tensor, state: States) -> States:
-        """The next state, from the parts of the gates that depend on input and hidden state."""
-        raise NotImplementedError
-
 
 class MemberLSTM(_MemberRNN):
     """nn.LSTM."""
+
+    cell = LSTM()
 
     def __call__(
         self, input: Any, hx: tuple[Tensor, Tensor] | None = None
@@ -110,24 +111,12 @@ class MemberLSTM(_MemberRNN):
         output, (h, c) = self._run(input, hx)
         return output, (h, c)
 
-    @staticmethod
-    def step(of_input: Tensor, of_hidden: Tensor, state: States) -> States:
-        i, f, g, o = (of_input + of_hidden).chunk(4, -1)
-        c = f.sigmoid() * state[1] + i.sigmoid() * g.tanh()
-        return o.sigmoid() * c.tanh(), c
-
 
 class MemberGRU(_MemberRNN):
     """nn.GRU."""
 
+    cell = GRU()
+
     def __call__(self, input: Any, hx: Tensor | None = None) -> tuple[Any, Tensor]:
         output, (h,) = self._run(input, None if hx is None else (hx,))
         return output, h
-
-    @staticmethod
-    def step(of_input: Tensor, of_hidden: Tensor, state: States) -> States:
-        r, z, n = of_input.chunk(3, -1)
-        hidden_r, hidden_z, hidden_n = of_hidden.chunk(3, -1)
-        r, z = (r + hidden_r).sigmoid(), (z + hidden_z).sigmoid()
-        n = (n + r * hidden_n).tanh()
-        return ((1 - z) * n + z * state[0],)

@@ -14,13 +14,12 @@ layer; N counts the members of all M base perturbations together. No member is e
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lightning_revflip.flipout.evolution.fitness import SHAPINGS, Shaping, shape_fitness
@@ -36,6 +35,13 @@ from lightning_revflip.flipout.evolution.parameters import (
     perturbed_modules,
 )
 from lightning_revflip.flipout.evolution.population import Population
+from lightning_revflip.flipout.evolution.processes import gather_fitness, sum_over_processes
+from lightning_revflip.flipout.evolution.rows import Rows
+from lightning_revflip.flipout.evolution.settings import (
+    check_examples,
+    check_sigma,
+    check_whole,
+)
 from lightning_revflip.flipout.noise import NoiseSource, derive
 
 T = TypeVar("T")
@@ -99,10 +105,11 @@ class FlipoutES:
         targets: Targets | None = None,
         seed: int | None = None,
     ) -> None:
-        if not (sigma > 0 and math.isfinite(sigma)):
-            raise ValueError(f"sigma must be a positive standard deviation, got {sigma}.")
+        check_sigma(sigma)
         if shaping not in SHAPINGS:
             raise ValueError(f"shaping must be one of {SHAPINGS}, got {shaping!r}.")
+        if seed is not None:
+            check_whole("seed", seed, least=None)
         self.model = model
         self.sigma = sigma
         self.shaping: Shaping = shaping
@@ -111,6 +118,7 @@ class FlipoutES:
         self.generation = 0
         self._modules = perturbed_modules(model, targets)
         self._open = False
+        self._rows_checked = False
 
     def __repr__(self) -> str:
         """The settings."""
@@ -165,6 +173,7 @@ class FlipoutES:
         Raises:
             ValueError: for tensors of different lengths, or `examples` below 1.
         """
+        check_examples(examples)
         leaves = [leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor)]
         lengths = {len(leaf) if leaf.dim() else 0 for leaf in leaves}
         if len(lengths) != 1 or 0 in lengths:
@@ -175,8 +184,6 @@ class FlipoutES:
             )
         (length,) = lengths
         count = length if examples is None else examples
-        if count < 1:
-            raise ValueError(f"examples must be at least 1, got {examples}.")
         first = torch.zeros(1) if examples is None else self.population.direction_numbers() * count
         rows = (first.long().unsqueeze(1) + torch.arange(count)) % length
         rows = rows.expand(self.local_population, count).flatten()
@@ -192,8 +199,12 @@ class FlipoutES:
         """Within the context the model computes each row of a batch with its member's weights.
 
         The first dimension of the input of every perturbed layer must hold the rows of all members
-        of this process, equally many neighbouring ones of each, see `repeat`. There are no
-        gradients. Members are the same until `next_generation`.
+        of this process, equally many neighbouring ones of each, see `repeat`; for a recurrent layer
+        without batch_first it is the second. The first context follows the rows from layer to layer
+        to check that, through the functions of torch that keep them or move them as a whole
+        (transpose, flatten, activations and the like); what it cannot follow it does not refuse.
+
+        There are no gradients. Members are the same until `next_generation`.
 
         Args:
             keep_draws: hold the random numbers instead of drawing them again at each call of a
@@ -201,12 +212,14 @@ class FlipoutES:
                 as inputs and outputs of all layers for one row of each direction.
 
         Raises:
-            ValueError: if the context is open already, or a layer in training mode mixes rows.
+            ValueError: if the context is open already, or a layer in training mode mixes rows; in
+                the context, for a layer whose input does not have the rows of members in place.
         """
         if self._open:
             raise ValueError("the context `members` of this FlipoutES is open already.")
         self._check_rows_stay_apart()
         noise = self._noise(keep_draws)
+        rows = Rows(self.local_population, follow=not self._rows_checked)
         fast_path = torch.backends.mha.get_fastpath_enabled()
         before = [vars(module).get("forward") for _, module, _ in self._modules]
         self._open = True
@@ -215,10 +228,11 @@ class FlipoutES:
             # faster.
             torch.backends.mha.set_fastpath_enabled(False)
             for path, module, parameters in self._modules:
-                layer = MEMBER_LAYERS[type(module)](module, path, noise, parameters)
+                layer = MEMBER_LAYERS[type(module)](module, path, noise, rows, parameters)
                 module.forward = layer
-            with torch.no_grad():
+            with torch.no_grad(), rows.following():
                 yield
+            self._rows_checked |= rows.used
         finally:
             self._open = False
             torch.backends.mha.set_fastpath_enabled(fast_path)
@@ -240,8 +254,9 @@ class FlipoutES:
         if losses.dim() != 1 or len(losses) == 0 or len(losses) % self.local_population:
             raise ValueError(
                 "losses must have one dimension with equally many numbers for each of "
-                f"{self.local_population} members, got shape {tuple(losses.shape)}. Use a loss "
-                "with reduction='none'."
+                f"{self.local_population} members, got shape {tuple(losses.shape)}"
+                + ("" if losses.dim() else ", one number for all of them")
+                + ". Use a loss of single examples, as losses of torch with reduction='none' are."
             )
         mean: Tensor = losses.view(self.local_population, -1).mean(1)
         return -mean
@@ -267,7 +282,7 @@ class FlipoutES:
                 f"fitness must be one number for each of {self.local_population} members, got "
                 f"shape {tuple(fitness.shape)}."
             )
-        everyone = self._gather(fitness)
+        everyone = gather_fitness(self.population, fitness, (self.seed, self.generation))
         shaped = shape_fitness(everyone, self.shaping)
         if self.population.world_size > 1:
             shaped = shaped[self.population.member_numbers().to(shaped.device)]
@@ -277,7 +292,7 @@ class FlipoutES:
         ]
         noise = self._noise()
         estimates = [estimate(parameter, noise, weights) for parameter in self.parameters]
-        self._sum_over_processes(estimates)
+        sum_over_processes(self.population, estimates)
         factor = -scale / (self.population.size * self.sigma**2)
         for parameter, total in zip(self.parameters, estimates, strict=True):
             value = parameter.value
@@ -288,8 +303,15 @@ class FlipoutES:
         return everyone
 
     def gradient_norm(self) -> Tensor:
-        """Euclidean norm of what `gradient` wrote, a scalar."""
+        """Euclidean norm of what `gradient` wrote, a scalar.
+
+        Raises:
+            ValueError: if there is no gradient, because `gradient` has not been called yet, or
+                `zero_grad` has been since.
+        """
         grads = [p.value.grad for p in self.parameters if p.value.grad is not None]
+        if not grads:
+            raise ValueError("there is no gradient to take the norm of. Call `gradient` before.")
         norms = torch.stack([torch.linalg.vector_norm(grad) for grad in grads])
         total: Tensor = torch.linalg.vector_norm(norms)
         return total
@@ -348,36 +370,3 @@ class FlipoutES:
                 f"{', '.join(mixing)} would normalise over the rows of all members together. Call "
                 "eval() on it, or use a normalisation of single examples."
             )
-
-    def _gather(self, fitness: Tensor) -> Tensor:
-        """The fitness of all members, in the order of their numbers."""
-        world_size = self.population.world_size
-        if world_size == 1:
-            return fitness
-        state = fitness.new_tensor([self.seed, self.generation], dtype=torch.int64)
-        states = [torch.empty_like(state) for _ in range(world_size)]
-        distributed.all_gather(states, state)
-        if any(not other.equal(state) for other in states):
-            raise ValueError(
-                "processes have different members: their (seed, generation) are "
-                f"{[tuple(other.tolist()) for other in states]}. Give all of them the same seed."
-            )
-        parts = [torch.empty_like(fitness) for _ in range(world_size)]
-        distributed.all_gather(parts, fitness.contiguous())
-        everyone = fitness.new_empty(self.population.size)
-        for rank, part in enumerate(parts):
-            other = Population(
-                self.population.size,
-                self.population.groups,
-                self.population.antithetic,
-                rank,
-                world_size,
-            )
-            everyone[other.member_numbers().to(part.device)] = part
-        return everyone
-
-    def _sum_over_processes(self, estimates: list[Tensor]) -> None:
-        """Sum over processes in place."""
-        if self.population.world_size > 1:
-            for total in estimates:
-                distributed.all_reduce(total)
