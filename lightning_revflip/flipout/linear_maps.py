@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,14 @@ from torch import Tensor
 _BLOCK_BYTES = 2**21
 """Inputs of a convolution that are perturbed together on a CPU: they stay in its cache, and their
 memory is used again, which a convolution of 32 images of 256 kB gains a sixth of its time by."""
+
+
+class Grads(NamedTuple):
+    """Gradients of a map; None where they are not wanted."""
+
+    x: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
 
 
 class LinearMap(ABC):
@@ -23,13 +32,16 @@ class LinearMap(ABC):
 
     @abstractmethod
     def grads(
-        self, grad: Tensor, x: Tensor, weight: Tensor, by_x: bool, by_weight: bool
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Gradients by the input and by the weight, where wanted."""
-
-    @abstractmethod
-    def bias_grad(self, grad: Tensor) -> Tensor:
-        """Gradient by the bias."""
+        self,
+        grad: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        *,
+        by_x: bool = False,
+        by_weight: bool = False,
+        by_bias: bool = False,
+    ) -> Grads:
+        """Gradients by the input, the weight and the bias, where wanted."""
 
     @abstractmethod
     def features(self, x: Tensor) -> int:
@@ -52,14 +64,21 @@ class MatrixProduct(LinearMap):
         return F.linear(x, weight, bias)
 
     def grads(
-        self, grad: Tensor, x: Tensor, weight: Tensor, by_x: bool, by_weight: bool
-    ) -> tuple[Tensor | None, Tensor | None]:
-        grad_x = grad @ weight if by_x else None
-        grad_weight = grad.flatten(0, -2).t() @ x.flatten(0, -2) if by_weight else None
-        return grad_x, grad_weight
-
-    def bias_grad(self, grad: Tensor) -> Tensor:
-        return grad.flatten(0, -2).sum(0)
+        self,
+        grad: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        *,
+        by_x: bool = False,
+        by_weight: bool = False,
+        by_bias: bool = False,
+    ) -> Grads:
+        rows = grad.flatten(0, -2)
+        return Grads(
+            grad @ weight if by_x else None,
+            rows.t() @ x.flatten(0, -2) if by_weight else None,
+            rows.sum(0) if by_bias else None,
+        )
 
     def features(self, x: Tensor) -> int:
         return x.shape[-1]
@@ -92,25 +111,34 @@ class Convolution(LinearMap):
         return output
 
     def grads(
-        self, grad: Tensor, x: Tensor, weight: Tensor, by_x: bool, by_weight: bool
-    ) -> tuple[Tensor | None, Tensor | None]:
-        grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        *,
+        by_x: bool = False,
+        by_weight: bool = False,
+        by_bias: bool = False,
+    ) -> Grads:
+        wanted = (by_x, by_weight, by_bias)
+        if not any(wanted):
+            return Grads(None, None, None)
+        found = torch.ops.aten.convolution_backward(
             grad,
             x,
             weight,
-            None,
+            [len(weight)],
             self.stride,
             self.padding,
             self.dilation,
             False,
             [0] * len(self.stride),
             self.groups,
-            (by_x, by_weight, False),
+            wanted,
         )
-        return grad_x if by_x else None, grad_weight if by_weight else None
-
-    def bias_grad(self, grad: Tensor) -> Tensor:
-        return grad.sum([0, *range(2, grad.dim())])
+        return Grads(
+            *(part if is_wanted else None for part, is_wanted in zip(found, wanted, strict=True))
+        )
 
     def blocks(self, x: Tensor, examples: slice) -> list[slice]:
         if x.device.type != "cpu" or len(x) == 0:

@@ -106,8 +106,8 @@ class PerturbedMap(torch.autograd.Function):
             sums = _Gradients(setting, x, mean, spread, grad, by_x, by_mean, any(by_spread))
             for number, group in enumerate(setting.draw.groups(len(x))):
                 sums.add(number, group)
-            sums.finish()
-            grad_bias = setting.map.bias_grad(grad).to(ctx.bias_dtype) if by_bias else None
+            grad_bias = sums.finish(by_bias)
+        grad_bias = None if grad_bias is None else grad_bias.to(ctx.bias_dtype)
         return None, sums.by_x, sums.by_mean, grad_bias, *sums.by_spread
 
 
@@ -130,7 +130,7 @@ class _Gradients:
         self._wants_delta = by_spread or (by_mean and setting.perturbation.depends_on_mean)
         self._weight = mean.to(setting.dtype)
         self._s, self._r = _signs(setting, x, grad)
-        self.by_x, _ = setting.map.grads(grad, x, self._weight, by_x, False)
+        self.by_x = setting.map.grads(grad, x, self._weight, by_x=by_x).x
         self.by_mean: Tensor | None = None
         self.by_spread: list[Tensor | None] = [None] * len(spread)
 
@@ -139,38 +139,46 @@ class _Gradients:
         blocks = self._setting.map.blocks(self._x, group)
         seed = _seed(self._setting.draw, number)
         if self._wants_delta and len(blocks) == 1:
-            delta = self._add_weight_grads(seed, self._sweep(blocks, self._weight, False, True))
-            self._sweep(blocks, delta.to(self._setting.dtype), self.by_x is not None, False)
+            grad_delta = self._sweep(blocks, self._weight, by_x=False, by_weight=True)
+            delta = self._add_weight_grads(seed, grad_delta).to(self._setting.dtype)
+            self._sweep(blocks, delta, by_x=self.by_x is not None, by_weight=False)
             return
         # Weights are small beside inputs that come in blocks: they are drawn once more, so that
         # each block is visited once.
         delta = self._setting.perturbation.sample(self._mean, self._spread, seed)
         delta = delta.to(self._setting.dtype)
-        grad_delta = self._sweep(blocks, delta, self.by_x is not None, self._wants_delta)
+        wanted = {"by_x": self.by_x is not None, "by_weight": self._wants_delta}
+        grad_delta = self._sweep(blocks, delta, **wanted)
         if grad_delta is not None:
             self._add_weight_grads(seed, grad_delta)
 
     def _sweep(
-        self, blocks: Sequence[slice], weight: Tensor, by_x: bool, by_weight: bool
+        self, blocks: Sequence[slice], weight: Tensor, *, by_x: bool, by_weight: bool
     ) -> Tensor | None:
         """Add the gradients by the input, and return that by the weight, where wanted."""
         grad_weight: Tensor | None = None
         for block in blocks if by_x or by_weight else ():
             grads = self._grad[block] * self._r[block]
             inputs = self._x[block] * self._s[block] if by_weight else self._x[block]
-            grad_x, part = self._setting.map.grads(grads, inputs, weight, by_x, by_weight)
-            grad_weight = _add(grad_weight, part)
-            if grad_x is not None:
+            found = self._setting.map.grads(grads, inputs, weight, by_x=by_x, by_weight=by_weight)
+            grad_weight = _add(grad_weight, found.weight)
+            if found.x is not None:
                 assert self.by_x is not None
-                self.by_x[block].addcmul_(grad_x, self._s[block])
+                self.by_x[block].addcmul_(found.x, self._s[block])
         return grad_weight
 
-    def finish(self) -> None:
-        """Add what goes through the mean weight, now that no dW takes memory any more."""
-        if self._wants_mean:
-            _, part = self._setting.map.grads(self._grad, self._x, self._weight, False, True)
-            assert part is not None
-            self.by_mean = _add(part.to(self._mean.dtype), self.by_mean)
+    def finish(self, by_bias: bool) -> Tensor | None:
+        """Add what goes through the mean weight, now that no dW takes memory any more.
+
+        Returns:
+            The gradient by the bias, if wanted.
+        """
+        found = self._setting.map.grads(
+            self._grad, self._x, self._weight, by_weight=self._wants_mean, by_bias=by_bias
+        )
+        if found.weight is not None:
+            self.by_mean = _add(found.weight.to(self._mean.dtype), self.by_mean)
+        return found.bias
 
     def _add_weight_grads(self, seed: int, grad_delta: Tensor | None) -> Tensor:
         """Add the gradients by mean and spread; returns dW."""
