@@ -367,12 +367,15 @@ def sample(perturbation: Perturbation, seed: int | None, mean: Tensor, spread: S
     return delta
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _noise_outside_transforms(perturbation: Perturbation, seed: int, mean: Tensor) -> Tensor:
     """The noise of a seed in code that torch transforms, where `mean` may have no memory."""
     shape, dtype, device = mean.shape, mean.dtype, mean.device
     with torch._C._DisableFuncTorch():
         return perturbation.unit_noise(torch.empty(shape, dtype=dtype, device=device), seed)
+
+
+# What torch.compiler.disable sets, without importing the compiler, which takes 2 s.
+_noise_outside_transforms._torchdynamo_disable = True  # type: ignore[attr-defined]
 
 
 def check_first_derivative() -> None:
