@@ -136,6 +136,8 @@ class _Gradients:
 
     def add(self, number: int, group: slice) -> None:
         """Add what goes through the perturbation of a group."""
+        if self.by_x is None and not self._wants_delta:
+            return
         blocks = self._setting.map.blocks(self._x, group)
         seed = _seed(self._setting.draw, number)
         if self._wants_delta and len(blocks) == 1:
@@ -157,7 +159,9 @@ class _Gradients:
     ) -> Tensor | None:
         """Add the gradients by the input, and return that by the weight, where wanted."""
         grad_weight: Tensor | None = None
-        for block in blocks if by_x or by_weight else ():
+        if not by_x and not by_weight:
+            return None
+        for block in blocks:
             grads = self._grad[block] * self._r[block]
             inputs = self._x[block] * self._s[block] if by_weight else self._x[block]
             found = self._setting.map.grads(grads, inputs, weight, by_x=by_x, by_weight=by_weight)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from lightning.pytorch import LightningModule, seed_everything
 from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_revflip.callbacks import Flipout
 from lightning_revflip.callbacks._noise import stream_seed
@@ -58,6 +58,13 @@ def data(examples: int = 16) -> TensorDataset:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(examples, 3, generator=generator)
     return TensorDataset(x, x.sum(1, keepdim=True).sin())
+
+
+class Stream(IterableDataset):
+    """The examples without a length."""
+
+    def __iter__(self):
+        return iter(data())
 
 
 def loader(batch_size: int = 4, examples: int = 16) -> DataLoader:
