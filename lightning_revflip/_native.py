@@ -1,8 +1,8 @@
 """C sources that are compiled with the system's compiler on first use, and called by ctypes.
 
 A library is kept in `$XDG_CACHE_HOME/lightning_revflip` (by default below `~/.cache`), under a name
-that holds source, flags, compiler and processor. Where there is no compiler, or with
-`REVFLIP_NATIVE=0`, callers fall back on torch.
+that holds source, shared headers, flags, compiler and processor. Where there is no compiler, or
+with `REVFLIP_NATIVE=0`, callers fall back on torch.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from torch import Tensor
 ARRAY, SIZE = ctypes.c_void_p, ctypes.c_int64
 FLOAT, DOUBLE = ctypes.c_float, ctypes.c_double
 
+_HEADERS = Path(__file__).parent
 _FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 
 
@@ -63,7 +64,7 @@ class NativeLibrary:
         """Forget whether there is a library; the next use looks again."""
         self.__dict__.pop("_loaded", None)
 
-    def call(self, name: str, *arguments: Tensor | float) -> Any:
+    def call(self, name: str, *arguments: Any) -> Any:
         """Call a function; tensors are passed by the address of their first element."""
         function = getattr(self._loaded, name)
         return function(*[a.data_ptr() if isinstance(a, Tensor) else a for a in arguments])
@@ -96,7 +97,8 @@ class NativeLibrary:
             [*compiler, "--version"], capture_output=True, check=True, timeout=60
         ).stdout
         flags = " ".join(self._flags).encode()
-        parts = (self._source.read_bytes(), flags, version, _processor().encode())
+        sources = [self._source, *sorted(_HEADERS.glob("*.h"))]
+        parts = (*(each.read_bytes() for each in sources), flags, version, _processor().encode())
         key = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         folder = cache / "lightning_revflip"
@@ -106,7 +108,8 @@ class NativeLibrary:
             # Processes that start together each compile their own copy; the last rename wins.
             with tempfile.TemporaryDirectory(dir=folder) as scratch:
                 output = Path(scratch) / target.name
-                command = [*compiler, *self._flags, "-o", str(output), str(self._source), "-lm"]
+                command = [*compiler, *self._flags, f"-I{_HEADERS}"]
+                command += ["-o", str(output), str(self._source), "-lm"]
                 subprocess.run(command, capture_output=True, check=True, timeout=120)
                 output.replace(target)
         return target
