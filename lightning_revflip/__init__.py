@@ -1,4 +1,4 @@
-"""PyTorch Lightning plugins: exactly reversible recurrences, and flipout.
+"""PyTorch Lightning plugins: exactly reversible recurrences, flipout, samples of the posterior.
 
 The cores need torch only; what needs Lightning is imported when it is first used.
 """
@@ -26,6 +26,20 @@ from lightning_revflip.flipout import (
     sample_n,
     sampling,
 )
+from lightning_revflip.posterior import (
+    ChainWriter,
+    DiagonalGaussian,
+    LowRankGaussian,
+    Posterior,
+    SampleBank,
+    expected_entropy,
+    max_probability,
+    mutual_information,
+    predict,
+    predictive_entropy,
+    reestimate_buffers,
+    variation_ratio,
+)
 from lightning_revflip.reversible import (
     HiddenSlice,
     LinearCrossEntropy,
@@ -46,6 +60,14 @@ from lightning_revflip.reversible_flipout import (
     FlipoutRevGRU,
     FlipoutRevLSTM,
 )
+from lightning_revflip.sgld import (
+    PSGLD,
+    SGHMC,
+    SGLD,
+    CyclicalSchedule,
+    ParallelChains,
+    PolynomialSchedule,
+)
 
 if TYPE_CHECKING:
     from lightning_revflip.callbacks import (
@@ -53,14 +75,23 @@ if TYPE_CHECKING:
         Flipout,
         MemoryMonitor,
         ReversibleRNN,
+        RNGState,
+        SGLDSampler,
     )
     from lightning_revflip.modules import EvolutionModule
+    from lightning_revflip.strategies import IndependentChainsStrategy
 
 __version__ = "0.1.0"
 
 __all__ = [
     "FLIPOUT_LAYERS",
+    "PSGLD",
     "REVERSIBLE_FLIPOUT_LAYERS",
+    "SGHMC",
+    "SGLD",
+    "ChainWriter",
+    "CyclicalSchedule",
+    "DiagonalGaussian",
     "DropConnect",
     "EvolutionModule",
     "EvolutionStrategies",
@@ -77,13 +108,19 @@ __all__ = [
     "FlipoutRevLSTM",
     "Gaussian",
     "HiddenSlice",
+    "IndependentChainsStrategy",
     "LinearCrossEntropy",
     "LockedDropout",
+    "LowRankGaussian",
     "LuongAttention",
     "MemoryMonitor",
     "MemoryReport",
     "MultiplicativeGaussian",
+    "ParallelChains",
     "Perturbation",
+    "PolynomialSchedule",
+    "Posterior",
+    "RNGState",
     "RevDecoder",
     "RevEncoder",
     "RevGRU",
@@ -91,20 +128,32 @@ __all__ = [
     "ReversalError",
     "ReversibleRNN",
     "ReversibleSequence",
+    "SGLDSampler",
+    "SampleBank",
     "SequenceNoise",
     "apply_spec",
     "convert",
     "elbo_loss",
+    "expected_entropy",
     "kl",
     "load_from_checkpoint",
+    "max_probability",
     "memory_report",
+    "mutual_information",
+    "predict",
+    "predictive_entropy",
+    "reestimate_buffers",
     "sample_n",
     "sampling",
+    "variation_ratio",
 ]
 
 _LAZY = {
     "EvolutionModule": "lightning_revflip.modules",
     "EvolutionStrategies": "lightning_revflip.callbacks",
+    "IndependentChainsStrategy": "lightning_revflip.strategies",
+    "RNGState": "lightning_revflip.callbacks",
+    "SGLDSampler": "lightning_revflip.callbacks",
     "Flipout": "lightning_revflip.callbacks",
     "MemoryMonitor": "lightning_revflip.callbacks",
     "ReversibleRNN": "lightning_revflip.callbacks",

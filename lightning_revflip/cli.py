@@ -14,7 +14,6 @@ import platform
 import sys
 from collections.abc import Sequence
 from importlib import metadata
-from pathlib import Path
 from typing import NoReturn
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
@@ -22,6 +21,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_revflip import __version__
+from lightning_revflip.callbacks.run_folder import run_folder
 
 
 class SaveRunConfig(SaveConfigCallback):
@@ -52,14 +52,6 @@ def versions() -> dict[str, str]:
         "lightning": metadata.version("lightning"),
         "lightning-revflip": __version__,
     }
-
-
-def run_folder(trainer: Trainer) -> Path:
-    """The folder of a run, of which ModelCheckpoint by default uses the subfolder `checkpoints`."""
-    logger = trainer.loggers[0]
-    save_dir = trainer.default_root_dir if logger.save_dir is None else logger.save_dir
-    version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
-    return Path(save_dir, str(logger.name), version)
 
 
 class Parser(LightningArgumentParser):

@@ -4,5 +4,14 @@ from lightning_revflip.callbacks.evolution import EvolutionStrategies
 from lightning_revflip.callbacks.flipout import Flipout
 from lightning_revflip.callbacks.memory import MemoryMonitor
 from lightning_revflip.callbacks.reversible import ReversibleRNN
+from lightning_revflip.callbacks.rng_state import RNGState
+from lightning_revflip.callbacks.sampling import SGLDSampler
 
-__all__ = ["EvolutionStrategies", "Flipout", "MemoryMonitor", "ReversibleRNN"]
+__all__ = [
+    "EvolutionStrategies",
+    "Flipout",
+    "MemoryMonitor",
+    "RNGState",
+    "ReversibleRNN",
+    "SGLDSampler",
+]

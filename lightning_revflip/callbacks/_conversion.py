@@ -56,7 +56,7 @@ class ConversionCallback(Callback, ABC):
         self._convert(trainer, pl_module, bool(deferred))
         for hook in deferred:
             arguments = (trainer, pl_module, hook != deferred[-1])
-            _run_after(pl_module, hook, functools.partial(self._convert, *arguments))
+            run_after(pl_module, hook, functools.partial(self._convert, *arguments))
 
     def _convert(self, trainer: Trainer, pl_module: LightningModule, more_to_come: bool) -> None:
         spec = convert(
@@ -104,7 +104,7 @@ def callbacks_of(trainer: Trainer) -> list[Callback]:
     return trainer.callbacks  # type: ignore[attr-defined, no-any-return]
 
 
-def _run_after(pl_module: LightningModule, hook: str, action: Callable[[], None]) -> None:
+def run_after(pl_module: LightningModule, hook: str, action: Callable[[], None]) -> None:
     """Let `pl_module` run `action` after the next call of one of its hooks."""
     original = getattr(pl_module, hook)
     previous = vars(pl_module).get(hook)

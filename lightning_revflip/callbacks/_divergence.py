@@ -1,7 +1,6 @@
 """The gradient of the divergence, as a Trainer's optimizers need it."""
 
 from collections.abc import Collection, Iterable
-from typing import Any
 
 import torch
 from lightning.fabric.plugins.precision.amp import _optimizer_handles_unscaling
@@ -11,10 +10,9 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
-from torch.utils.data import DistributedSampler
 
 from lightning_revflip.flipout import Perturbation, PerturbedLayer
-from lightning_revflip.flipout.elbo import WeightWithPrior, check_num_data
+from lightning_revflip.flipout.elbo import WeightWithPrior
 from lightning_revflip.flipout.layer import PerturbedWeight
 
 
@@ -136,63 +134,3 @@ def check_optimizers(trainer: Trainer, weights: Collection[WeightWithPrior]) -> 
                 "its gradients hold. Use line_search_fn=None, or add "
                 "lightning_revflip.kl(model) / num_data to the loss and set kl_weight=0."
             )
-
-
-# --- the size of the training set --------------------------------------------------------------
-
-
-def resolve_num_data(num_data: int | None, loader: Any) -> int:
-    """The number of training examples, as given or else from the training data loader.
-
-    Raises:
-        ValueError: if it is not given and cannot be known, or is no positive number.
-
-    Warns:
-        UserWarning: if it is given and the loader has another number.
-    """
-    if num_data is None:
-        return dataset_size(loader)
-    check_num_data(num_data)
-    try:
-        found = dataset_size(loader)
-    except ValueError:
-        return num_data
-    if found != num_data:
-        rank_zero_warn(
-            f"Flipout(num_data={num_data}) differs from the {found} items of the training data "
-            "set. That is right if the loss is a mean over other units than items, for example "
-            "over tokens; otherwise leave num_data out."
-        )
-    return num_data
-
-
-def dataset_size(loader: Any) -> int:
-    """The number of items of a loader's `dataset`, those of all processes together.
-
-    Raises:
-        ValueError: if it cannot be known.
-    """
-    give = "Give Flipout(num_data=...), the number of training examples."
-    if not hasattr(loader, "dataset"):
-        raise ValueError(
-            "The number of training examples is not known: the training data is a "
-            f"{type(loader).__name__}, not one loader with a `dataset`. {give}"
-        )
-    try:
-        size = len(loader.dataset)
-    except (TypeError, NotImplementedError):
-        raise ValueError(
-            "The number of training examples is not known: the data set, a "
-            f"{type(loader.dataset).__name__}, has no length. {give}"
-        ) from None
-    sampler = getattr(loader, "sampler", None)
-    # A distributed sampler knows the samples of all processes by what it divides.
-    drawn: Any = sampler.dataset if isinstance(sampler, DistributedSampler) else sampler
-    if hasattr(drawn, "__len__") and len(drawn) != size:
-        raise ValueError(
-            f"The number of training examples is not clear: the data set has {size} items, and its "
-            f"{type(sampler).__name__} draws {len(drawn)} of them. {give}"
-        )
-    if size < 1:
-        raise ValueError(f"The training data set is empty. {give}")
-    return size

@@ -17,7 +17,6 @@ from lightning_revflip.callbacks._divergence import (
     check_strategy,
     divergence,
     parameters_of,
-    resolve_num_data,
     warn_of_weight_decay,
 )
 from lightning_revflip.callbacks._noise import (
@@ -25,6 +24,7 @@ from lightning_revflip.callbacks._noise import (
     fresh_generator,
     resumed_generator,
 )
+from lightning_revflip.callbacks._num_data import resolve_num_data
 from lightning_revflip.callbacks._weight_samples import last, sample_step, stacked
 from lightning_revflip.callbacks.reversible import ReversibleRNN
 from lightning_revflip.flipout import (
@@ -216,7 +216,9 @@ class Flipout(ConversionCallback):
             return
         if self.kl_weight == 0:
             return
-        self._resolved_num_data = resolve_num_data(self.num_data, trainer.train_dataloader)
+        self._resolved_num_data = resolve_num_data(
+            self.num_data, trainer.train_dataloader, "Flipout"
+        )
         if self.annealing_epochs > 0 and trainer.num_training_batches == math.inf:
             raise ValueError(
                 f"annealing_epochs={self.annealing_epochs} needs to know the number of batches in "

@@ -58,6 +58,9 @@ class RNGState(Callback):
         saved, self._saved = self._saved, None
         if saved is None:
             return
+        # A module that asks for `trainer.estimated_stepping_batches` has made the iterator already,
+        # with a draw that the uninterrupted run takes from here on.
+        trainer.fit_loop._combined_loader = None
         if len(saved) != trainer.world_size:
             rank_zero_warn(
                 f"The checkpoint has the random numbers of {len(saved)} processes, but now there "

@@ -66,6 +66,29 @@ def test_a_run_resumed_at_the_end_of_an_epoch_is_the_uninterrupted_one(
     assert not torch.equal(without, whole)
 
 
+class AsksForSteps(NoisyRegressor):
+    """Sets up the training data while its optimizer is made."""
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.01)
+        steps = self.trainer.estimated_stepping_batches
+        schedule = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, 0.1, total_steps=steps, cycle_momentum=False
+        )
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
+        }
+
+
+def test_a_module_that_asks_for_the_number_of_steps_is_resumed_as_well(tmp_path):
+    keep = ModelCheckpoint(tmp_path / "kept", save_top_k=-1)
+    _, whole = fit(tmp_path, 4, RNGState(), keep, model=AsksForSteps())
+    path = tmp_path / "kept" / "epoch=1-step=12.ckpt"
+    _, resumed = fit(tmp_path, 4, RNGState(), model=AsksForSteps(), ckpt=path, seed=99)
+    assert torch.equal(resumed, whole)
+
+
 def test_a_resumable_loader_goes_on_within_an_epoch(tmp_path):
     def digits(*callbacks, **arguments):
         classifier = Classifier((1, 8, 8), 10, hidden=(16,), optimizer="sgd", lr=0.1)
