@@ -10,9 +10,10 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from recipes.mnist.batches import Batches, DividedSampler
+from recipes.mnist.batches import Batch, Batches, DividedSampler
 from recipes.mnist.images import Images, Source, cache_folder, download_mnist, find_images
 from recipes.mnist.networks import Shape
+from recipes.mnist.outliers import KINDS, Kind, find_outliers
 from recipes.mnist.splits import Rule, Split, check_balance, divide, draw
 
 MNIST_VALIDATION = 10_000
@@ -27,6 +28,9 @@ class HandwrittenDigits(LightningDataModule):
     validation and its own 10,000 for the test; the 1,797 digits of scikit-learn into 1,197, 300 and
     300, drawn at random. A division in which some class is missing or out of proportion is an
     error.
+
+    For the question of how uncertain a model is on images of none of the classes, `outlier_images`
+    has some.
 
     All images are kept in memory. Those for training are shuffled anew in every epoch.
 
@@ -46,11 +50,17 @@ class HandwrittenDigits(LightningDataModule):
         download: fetch MNIST into `root` or the cache if it is not found. Never done unasked.
         verify: compare the files of MNIST with the published ones; false accepts files of your own
             in the same format.
+        outliers: images of none of the classes: `notmnist`, `uniform` or `gaussian` noise,
+            `inverted` test images, `none`; `auto`: notMNIST if it is found and has the size of the
+            images, else inverted ones. Which ones they are is logged.
+        num_outliers: so many outliers, drawn; None: as many as there are (of noise as many as test
+            images).
 
     Raises:
-        ValueError: for sizes below 1, a scale that is not positive, a `root` or `download` that
-            would have no effect; in `setup`, if a file differs from the published one or a split is
-            not balanced; with the loaders, if a batch cannot be divided over the processes.
+        ValueError: for sizes below 1, a scale that is not positive, unknown outliers, a `root` or
+            `download` that would have no effect; in `setup`, if a file differs from the published
+            one or a split is not balanced; with the loaders, if a batch cannot be divided over the
+            processes.
         FileNotFoundError: in `setup`, if MNIST was asked for and is not there.
     """
 
@@ -66,6 +76,8 @@ class HandwrittenDigits(LightningDataModule):
         seed: int = 1111,
         download: bool = False,
         verify: bool = True,
+        outliers: Kind = "auto",
+        num_outliers: int | None = 2000,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
@@ -73,6 +85,7 @@ class HandwrittenDigits(LightningDataModule):
             "batch_size": batch_size,
             "eval_batch_size": eval_batch_size,
             "train_size": train_size,
+            "num_outliers": num_outliers,
         }
         for name, size in sizes.items():
             if size is not None and size < 1:
@@ -81,6 +94,8 @@ class HandwrittenDigits(LightningDataModule):
             raise ValueError(f"scale must be a positive number, got {scale}.")
         if split not in ("last", "random"):
             raise ValueError(f"split must be 'last' or 'random', got {split!r}.")
+        if outliers not in KINDS:
+            raise ValueError(f"outliers must be one of {', '.join(KINDS)}, got {outliers!r}.")
         if source == "digits" and (root is not None or download):
             raise ValueError(
                 "root and download would have no effect: they belong to MNIST, but source is "
@@ -96,10 +111,13 @@ class HandwrittenDigits(LightningDataModule):
         self.seed = seed
         self.download = download
         self.verify = verify
+        self.outliers: Kind = outliers
+        self.num_outliers = num_outliers
 
         self._found: Images | None = None
         self._places: Split | None = None
         self._images: dict[str, Tensor] = {}
+        self._outliers: Tensor | None = None
 
     def prepare_data(self) -> None:
         if self.download:
@@ -111,9 +129,14 @@ class HandwrittenDigits(LightningDataModule):
     def setup(self, stage: str) -> None:
         needed = {"fit": ("train", "val"), "validate": ("val",)}
         for part in needed.get(stage, ("test",)):
-            if part not in self._images:
-                pixels = self.found.pixels[getattr(self.places, part)]
-                self._images[part] = pixels.float().div_(self.found.white).mul_(self.scale)
+            self._prepare(part)
+
+    def _prepare(self, part: str) -> Tensor:
+        """The images of a part, scaled at first use."""
+        if part not in self._images:
+            pixels = self.found.pixels[getattr(self.places, part)]
+            self._images[part] = pixels.float().div_(self.found.white).mul_(self.scale)
+        return self._images[part]
 
     # --- images ------------------------------------------------------------------------------
 
@@ -168,6 +191,27 @@ class HandwrittenDigits(LightningDataModule):
     def num_train(self) -> int:
         """Number of images for training: the N of a posterior over weights."""
         return len(self.places.train)
+
+    def test_set(self) -> Batch:
+        """All images of the test and their labels, in every process."""
+        return Batch(self._prepare("test"), self.found.labels[self.places.test])
+
+    def outlier_images(self) -> Tensor | None:
+        """Images of none of the classes, in the shape and scale of the others; None for `none`.
+
+        float32, shape (number of images, channels, height, width); the same in every process.
+
+        Raises:
+            FileNotFoundError, ValueError: if notMNIST was asked for and is not there, is damaged
+                or has not the size of the images.
+        """
+        if self._outliers is None and self.outliers != "none":
+            test = self._prepare("test")
+            description, self._outliers = find_outliers(
+                self.outliers, test, self.scale, self.num_outliers, self.seed, self.root
+            )
+            rank_zero_info(f"Outliers: {description}")
+        return self._outliers
 
     # --- loaders -----------------------------------------------------------------------------
 

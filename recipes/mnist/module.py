@@ -16,6 +16,11 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibratio
 from recipes.mnist.batches import Batch
 from recipes.mnist.networks import Shape, cnn, mlp
 
+UNKNOWN_SIZES = (
+    "The network does not exist yet. Give Classifier(image_shape=..., num_classes=...), or let a "
+    "Trainer with a data module that has these run it."
+)
+
 
 class Classifier(LightningModule):
     """An MLP or a CNN that is trained on the mean negative log-likelihood of the labels.
@@ -30,6 +35,7 @@ class Classifier(LightningModule):
         network: `mlp` or `cnn`.
         hidden: units of each hidden layer, of a `cnn` those behind the convolutions.
         channels: output channels of each convolution of a `cnn`; None is (32, 64).
+        dropout: probability with which a unit of a hidden layer is dropped in training.
         optimizer: `sgd` or `adam`.
         lr: learning rate.
         momentum: of `sgd`.
@@ -48,6 +54,7 @@ class Classifier(LightningModule):
         network: Literal["mlp", "cnn"] = "mlp",
         hidden: Sequence[int] = (100,),
         channels: Sequence[int] | None = None,
+        dropout: float = 0.0,
         optimizer: Literal["sgd", "adam"] = "adam",
         lr: float = 1e-3,
         momentum: float = 0.0,
@@ -63,6 +70,13 @@ class Classifier(LightningModule):
             raise ValueError(
                 f"channels belong to a cnn, but network is 'mlp'; got {list(channels)}. Leave them "
                 "out, or set network: cnn."
+            )
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout must be at least 0 and below 1, got {dropout}.")
+        if dropout > 0 and not hidden:
+            raise ValueError(
+                f"dropout drops units of hidden layers, but there are none; got {dropout}. Leave "
+                "it out, or give hidden layers."
             )
         if momentum != 0 and optimizer == "adam":
             raise ValueError(
@@ -83,6 +97,7 @@ class Classifier(LightningModule):
         self.network_name = network
         self.hidden = hidden
         self.channels = (32, 64) if channels is None else channels
+        self.dropout = dropout
         self.optimizer_name = optimizer
         self.lr = lr
         self.momentum = momentum
@@ -127,15 +142,24 @@ class Classifier(LightningModule):
     def _make_network(self, image_shape: Shape, num_classes: int) -> None:
         channels, height, width = image_shape  # a list, if it comes from a file
         self.image_shape, self.num_classes = (channels, height, width), num_classes
-        if self.network_name == "mlp":
-            self.network = mlp(math.prod(image_shape), self.hidden, num_classes)
-        else:
-            self.network = cnn(image_shape, num_classes, self.channels, self.hidden)
+        self.network = self.new_network()
         self.val_accuracy = MulticlassAccuracy(num_classes, average="micro")
         self.val_nll = MeanMetric()
         self.test_accuracy = MulticlassAccuracy(num_classes, average="micro")
         self.test_nll = MeanMetric()
         self.test_ece = MulticlassCalibrationError(num_classes, n_bins=15, norm="l1")
+
+    def new_network(self) -> nn.Sequential:
+        """A network like that of the model, with initial weights of its own.
+
+        Callbacks may have put something else in the place of `network`.
+        """
+        if self.image_shape is None:
+            raise RuntimeError(UNKNOWN_SIZES)
+        if self.network_name == "mlp":
+            inputs = math.prod(self.image_shape)
+            return mlp(inputs, self.hidden, self.num_classes, self.dropout)
+        return cnn(self.image_shape, self.num_classes, self.channels, self.hidden, self.dropout)
 
     # --- forward and loss --------------------------------------------------------------------
 
@@ -149,10 +173,7 @@ class Classifier(LightningModule):
             Logits, shape (batch, classes).
         """
         if self.network is None:
-            raise RuntimeError(
-                "The network does not exist yet. Give Classifier(image_shape=..., "
-                "num_classes=...), or let a Trainer with a data module that has these run it."
-            )
+            raise RuntimeError(UNKNOWN_SIZES)
         return self.network(images)
 
     # --- steps -------------------------------------------------------------------------------

@@ -9,9 +9,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 
 import recipes
-from lightning_revflip.callbacks import EvolutionStrategies, Flipout
+from lightning_revflip.callbacks import EvolutionStrategies, Flipout, SGLDSampler
 from lightning_revflip.cli import RevflipCLI
 from lightning_revflip.flipout import Gaussian, MultiplicativeGaussian
+from recipes.mnist.report import UncertaintyReport
 
 CONFIGS = Path(recipes.__path__[0]) / "mnist" / "configs"
 
@@ -22,6 +23,15 @@ NETWORKS = {
 }
 OPTIMIZERS = {None: ("adam", 1e-3, 0.0), "sgd": ("sgd", 0.1, 0.9)}
 OTHERS = {"base", "small", "csv", "batch_8192", "es"}
+REPORTS = {"report": ("network", 0.0), "mc_dropout": ("dropout", 0.5)}
+SAMPLERS = {  # sampler, temperature, chains, learning rate
+    "sgld": ("sgld", 1, 1, 0.5),
+    "psgld": ("psgld", 1, 1, 0.005),
+    "sghmc": ("sghmc", 1, 1, 0.05),
+    "csgld": ("sgld", 1, 1, 0.5),
+    "sgld_chains": ("sgld", 1, 4, 0.5),
+    "deep_ensemble": ("sgld", 0, 10, 0.4),
+}
 FLIPOUT = {
     "flipout_bayes": ("flipout", Gaussian(init_std=0.05, prior_std=1.0)),
     "flipout_multiplicative": ("flipout", MultiplicativeGaussian(1.0)),
@@ -72,6 +82,8 @@ def test_no_configuration_is_left_out_of_the_tests():
         *OTHERS,
         *NETWORKS,
         *FLIPOUT,
+        *REPORTS,
+        *SAMPLERS,
         *optimizers,
     }
 
@@ -83,6 +95,29 @@ def test_every_network_can_be_perturbed(compose, network, name):
     (callback,) = (each for each in run.trainer.callbacks if isinstance(each, Flipout))
     assert (callback.estimator, callback.perturbation) == FLIPOUT[name]
     assert (run.data.batch_size, run.model.lr) == (8192, 0.01)
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("name", REPORTS)
+def test_every_network_can_be_reported_on(compose, network, name):
+    run = compose("base", network, name, "csv")
+    (report,) = (each for each in run.trainer.callbacks if isinstance(each, UncertaintyReport))
+    assert (report.source, run.model.dropout) == REPORTS[name]
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_every_network_can_be_sampled(compose, network, name):
+    run = compose("base", network, name, "csv")
+    callbacks = run.trainer.callbacks
+    (sampler,) = (each for each in callbacks if isinstance(each, SGLDSampler))
+    found = sampler.sampler, sampler.temperature, sampler.chains, run.model.lr
+    assert found == SAMPLERS[name]
+    assert (run.model.optimizer_name, run.model.momentum) == ("sgd", 0.0)
+    assert run.data.batch_size == 100 * sampler.chains
+    assert sampler.burn_in < run.trainer.max_steps
+    (report,) = (each for each in callbacks if isinstance(each, UncertaintyReport))
+    assert (report.source, report.dirpath) == ("bank", None)
 
 
 def test_every_network_can_be_trained_by_evolution(monkeypatch, tmp_path):
@@ -115,6 +150,8 @@ def test_runs_log_to_wandb_offline_unless_csv_is_chosen(compose):
         ["cnn", "flipout_bayes"],
         ["mlp", "flipout_multiplicative", "batch_8192"],
         ["mlp", "flipout_multiplicative_shared"],
+        ["mlp", "report"],
+        ["mlp", "mc_dropout"],
     ],
     ids="-".join,
 )
@@ -134,3 +171,30 @@ def test_configuration_trains_and_is_tested_from_its_checkpoint(monkeypatch, tmp
     args = ["test", f"--config={folder / 'config.yaml'}", "--trainer.logger=false"]
     tested = RevflipCLI([*args, f"--ckpt_path={folder / 'checkpoints' / 'last.ckpt'}"]).trainer
     assert {"test/accuracy", "test/nll", "test/ece"} <= set(tested.callback_metrics)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_sampled_network_is_reported_on_from_its_checkpoint(monkeypatch, tmp_path, name):
+    monkeypatch.delenv("REVFLIP_DATA", raising=False)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["revflip"])
+    args = ["fit", *config_args("base", "mlp", name, "small", "csv"), "--data.batch_size=100"]
+    args += ["--trainer.max_epochs=2", "--trainer.check_val_every_n_epoch=1"]
+    # The sampler is the last callback of all, and the options of a list are those of its last item.
+    args += ["--trainer.callbacks.burn_in=10", "--trainer.callbacks.every_n_steps=2"]
+    if name == "csgld":
+        args.append("--trainer.callbacks.schedule.init_args.cycle_steps=10")
+    trainer = RevflipCLI(args).trainer
+    chains = SAMPLERS[name][2]
+    assert trainer.callback_metrics["sgld/samples"] >= chains
+    assert trainer.callback_metrics["val/nll"].isfinite()
+
+    (folder,) = (tmp_path / "runs" / "mnist").iterdir()
+    args = ["test", f"--config={folder / 'config.yaml'}"]
+    args.append(f"--ckpt_path={folder / 'checkpoints' / 'last.ckpt'}")
+    found = RevflipCLI(args).trainer.callback_metrics
+    assert found["posterior/samples"] >= chains
+    assert found["posterior/samples"] % chains == 0
+    # The test is answered by an ensemble of at most 20 samples, the report by all.
+    assert float(found["posterior/accuracy"] - found["test/accuracy"]) == pytest.approx(0, abs=0.05)
+    assert 0 < found["posterior/auroc/predictive_entropy"] < 1

@@ -90,6 +90,37 @@ def test_impossible_networks_are_rejected():
         mlp(784, [0], 10)
 
 
+def test_units_of_every_hidden_layer_are_dropped_in_training_alone():
+    torch.manual_seed(0)
+    network = mlp(6, [400, 400], 3, dropout=0.25)
+    assert [type(layer) for layer in network] == [nn.Flatten] + [
+        nn.Linear,
+        nn.ReLU,
+        nn.Dropout,
+    ] * 2 + [nn.Linear]
+    images = torch.randn(50, 1, 2, 3)
+    plain = network[:3](images)  # before the first dropout
+    dropped = network[:4](images)
+    kept = dropped != 0
+    torch.testing.assert_close(dropped[kept], plain[kept] / 0.75)
+    # About 10,000 active units: the standard error of the share is 0.0043, and 5 of these 0.022.
+    share = kept.sum() / (plain != 0).sum()
+    assert share.item() == pytest.approx(0.75, abs=0.022)
+    network.eval()
+    assert torch.equal(network[:4](images), plain)
+
+
+def test_cnn_drops_units_behind_its_convolutions():
+    network = cnn((1, 8, 8), 10, hidden=[20, 20], dropout=0.5)
+    kinds = [type(layer) for layer in network]
+    assert kinds[-7:] == [nn.Linear, nn.ReLU, nn.Dropout] * 2 + [nn.Linear]
+    assert kinds.count(nn.Dropout) == 2
+
+
+def test_weights_of_networks_without_dropout_keep_their_names():
+    assert list(mlp(6, [4], 3).state_dict()) == ["1.weight", "1.bias", "3.weight", "3.bias"]
+
+
 # --- training --------------------------------------------------------------------------------
 
 
@@ -98,9 +129,10 @@ def test_impossible_networks_are_rejected():
     [
         ("mlp", {"optimizer": "adam", "lr": 1e-2}),
         ("mlp", {"optimizer": "sgd", "lr": 0.1, "momentum": 0.9}),
+        ("mlp", {"dropout": 0.5, "lr": 1e-2}),
         ("cnn", {"channels": [8, 16], "lr": 3e-3}),
     ],
-    ids=["mlp-adam", "mlp-sgd", "cnn-adam"],
+    ids=["mlp-adam", "mlp-sgd", "mlp-dropout", "cnn-adam"],
 )
 def test_digits_are_learned_to_95_per_cent(tmp_path, network, arguments):
     seed_everything(1, verbose=False)
@@ -241,6 +273,18 @@ def test_network_is_made_once(tmp_path):
     assert model.network is network
 
 
+def test_new_network_is_like_that_of_the_model_with_weights_of_its_own():
+    for model in (
+        Classifier((1, 8, 8), 10, hidden=[5], dropout=0.5),
+        Classifier((1, 8, 8), 3, "cnn"),
+    ):
+        network = model.new_network()
+        assert str(network) == str(model.network)
+        assert not torch.equal(network[-1].weight, model.network[-1].weight)
+    with pytest.raises(RuntimeError, match="The network does not exist yet"):
+        Classifier().new_network()
+
+
 def test_images_of_another_shape_than_the_model_are_explained(tmp_path):
     model, data = Classifier((1, 28, 28), 10), HandwrittenDigits(source="digits")
     with pytest.raises(
@@ -292,12 +336,28 @@ def test_adam_decays_weights_as_a_penalty_on_their_squares():
         ({"optimizer": "adamw"}, "optimizer must be 'sgd' or 'adam', got 'adamw'"),
         ({"channels": [8]}, r"channels belong to a cnn, but network is 'mlp'; got \[8\]"),
         ({"momentum": 0.9}, "momentum belongs to sgd, but optimizer is 'adam'"),
+        ({"dropout": 1.0}, r"dropout must be at least 0 and below 1, got 1\.0"),
+        (
+            {"dropout": 0.5, "hidden": []},
+            "dropout drops units of hidden layers, but there are none",
+        ),
         ({"lr": 0.0}, r"lr must be a positive number, got 0\.0"),
         ({"optimizer": "sgd", "momentum": 1.0}, "momentum must be at least 0 and below 1"),
         ({"weight_decay": -1.0}, "weight_decay must be at least 0"),
         ({"num_classes": 10}, "Give both image_shape and num_classes, or neither"),
     ],
-    ids=["network", "optimizer", "channels", "adam", "lr", "momentum", "decay", "sizes"],
+    ids=[
+        "network",
+        "optimizer",
+        "channels",
+        "adam",
+        "dropout",
+        "linear",
+        "lr",
+        "momentum",
+        "decay",
+        "sizes",
+    ],
 )
 def test_arguments_that_make_no_sense_are_rejected(kwargs, message):
     with pytest.raises(ValueError, match=message):
