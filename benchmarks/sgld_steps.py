@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -156,10 +157,11 @@ def _posteriors() -> Callable[[], None]:
 # --- collection ----------------------------------------------------------------------------------
 
 
-def measure_collection(budget: float) -> list[dict[str, Any]]:
+def measure_collection(budget: float, least: int = 100) -> list[dict[str, Any]]:
     """What it adds to `EVERY` steps of SGLD to keep the weights thereafter.
 
-    Collecting is timed by itself, since it is less than the steps vary.
+    Collecting is timed by itself, since it is less than the steps vary, for at least `least`
+    samples, since some that fill a shard cost more than the others.
     """
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -175,13 +177,12 @@ def measure_collection(budget: float) -> list[dict[str, Any]]:
         collectors["torch.save of a state_dict"] = lambda model, step: torch.save(
             model.state_dict(), folder / f"{step}.pt"
         )
-        times = _time_apart(collectors, budget)
+        times = _time_apart(collectors, budget, least)
     steps = measure.summary(measure.seconds({"": training(sampler(SGLD))}, budget / 4)[""])
     return [
         {
             "collector": name,
             "samples": len(taken),
-            # Most samples cost little and some, which fill a shard, much: so the mean.
             "mean": (mean := sum(taken) / len(taken)),
             "of_steps": mean / steps["median"],
         }
@@ -212,11 +213,9 @@ def _writer(
 
 
 def _time_apart(
-    collectors: dict[str, Callable[[nn.Module, int], None]], budget: float
+    collectors: dict[str, Callable[[nn.Module, int], None]], budget: float, least: int
 ) -> dict[str, list[float]]:
     """Time of each collector alone, in the course of a training."""
-    import time
-
     times: dict[str, list[float]] = {name: [] for name in collectors}
 
     def timed(name: str) -> Callable[[nn.Module, int], None]:
@@ -228,7 +227,7 @@ def _time_apart(
         return collect
 
     runs = {name: training(sampler(SGLD), timed(name)) for name in collectors}
-    measure.seconds(runs, budget, least=100)
+    measure.seconds(runs, budget, least)
     return times
 
 
