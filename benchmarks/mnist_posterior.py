@@ -110,7 +110,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = options.read or options.write or Path(scratch)
         asked = [(name, seed) for name in options.runs for seed in options.seeds]
-        if not options.read:
+        if options.read:  # there may be fewer
+            asked = [(name, seed) for name, seed in asked if (folder / f"{name}-{seed}").exists()]
+        else:
             for name, seed in asked:
                 run(name, seed, folder)
         rows = [read(name, seed, folder) for name, seed in asked]
