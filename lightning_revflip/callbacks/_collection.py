@@ -124,7 +124,7 @@ class Collection:
     @torch.no_grad()
     def load(self, rows: Tensor) -> None:
         """Let each chain go on from other weights, shape (chains, P)."""
-        for chain, row in enumerate(rows.split(1)):
+        for chain, row in enumerate(torch.split(rows, 1)):
             parameters, _ = self._sample(chain)
             for name, value in self.layout.unflatten(row).items():
                 parameters[name].copy_(value[0])
