@@ -50,9 +50,9 @@ class HandwrittenDigits(LightningDataModule):
         download: fetch MNIST into `root` or the cache if it is not found. Never done unasked.
         verify: compare the files of MNIST with the published ones; false accepts files of your own
             in the same format.
-        outliers: images of none of the classes: `notmnist`, `uniform` or `gaussian` noise,
-            `inverted` test images, `none`; `auto`: notMNIST if it is found and has the size of the
-            images, else inverted ones. Which ones they are is logged.
+        outliers: images of none of the classes: `notmnist`, `omniglot`, `uniform` or `gaussian`
+            noise, `inverted` test images, `none`; `auto`: notMNIST if it is found and has the size
+            of the images, else inverted ones. Which ones they are is logged.
         num_outliers: so many outliers, drawn; None: as many as there are (of noise as many as test
             images).
 

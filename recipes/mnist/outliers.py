@@ -1,7 +1,9 @@
 """Images of none of the classes, on which a classifier should be uncertain.
 
-notMNIST are the letters A to J in many fonts (Bulatov, 2011), here in MNIST's format and size. The
-other kinds need no files: noise, and the test images with black and white exchanged.
+notMNIST are the letters A to J in many fonts (Bulatov, 2011), here in MNIST's format and size.
+Omniglot are characters of many alphabets, drawn by hand (Lake et al., 2015): black on white, here
+inverted and resized, so that they are white on black as MNIST is. The other kinds need no files:
+noise, and the test images with black and white exchanged.
 """
 
 from __future__ import annotations
@@ -13,16 +15,23 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from lightning_revflip.applications import gaussian_noise, read_images, uniform_noise
 from recipes.mnist.images import TEST_IMAGES, candidates, parse_idx, unpack
 
-Kind = Literal["auto", "notmnist", "uniform", "gaussian", "inverted", "none"]
+Kind = Literal["auto", "notmnist", "omniglot", "uniform", "gaussian", "inverted", "none"]
 
 KINDS = get_args(Kind)
 NOTMNIST_SIZE = (1, 28, 28)
+OMNIGLOT = ("images_background_small1", "images_background", "images_evaluation")
 
 HOW_TO_GET_NOTMNIST = (
     f"Put {TEST_IMAGES} of notMNIST into a folder `notmnist` in the one that --data.root or "
     "REVFLIP_DATA names, or take other images with --data.outliers inverted, uniform or gaussian."
+)
+HOW_TO_GET_OMNIGLOT = (
+    f"Put one of {', '.join(f'{name}.zip' for name in OMNIGLOT)} into a folder `omniglot` in the "
+    "one that --data.root or REVFLIP_DATA names, or take other images: inverted, uniform or "
+    "gaussian."
 )
 
 
@@ -49,21 +58,24 @@ def find_outliers(
     """Images in the shape and the scale of those of the test.
 
     Args:
-        kind: `notmnist`; `uniform` noise in each pixel; `gaussian`, normal noise whose mean is half
-            of `scale` and whose standard deviation is a quarter, clipped; `inverted`, test images
-            with black and white exchanged; `auto`: notMNIST if it is there and fits, else inverted.
+        kind: `notmnist`; `omniglot`; `uniform` noise in each pixel; `gaussian`, normal noise whose
+            mean is half of `scale` and whose standard deviation is a quarter, clipped; `inverted`,
+            test images with black and white exchanged; `auto`: notMNIST if it is there and fits,
+            else inverted.
         test: images of the test, float32, shape (number of images, channels, height, width).
         scale: the value of a white pixel; black is 0.
-        count: how many images; fewer if there are not so many. None: all of notMNIST, of the other
-            kinds as many as there are test images.
+        count: how many images; fewer if there are not so many. None: all of notMNIST and Omniglot,
+            of the other kinds as many as there are test images.
         seed: of what is drawn.
         root: the folder of MNIST, or with MNIST in `mnist/`, see `notmnist_file`.
 
     Raises:
-        FileNotFoundError: if notMNIST was asked for and is not there.
-        ValueError: if images are not of the size of notMNIST, but it was asked for, or if its file
-            is damaged.
+        FileNotFoundError: if notMNIST or Omniglot was asked for and is not there.
+        ValueError: if images are not of the size of notMNIST, but it was asked for, or if a file is
+            damaged.
     """
+    if kind == "omniglot":
+        return find_omniglot(test.shape[1:], scale, count, seed, root)
     generator = torch.Generator().manual_seed(seed)
     file, fits = notmnist_file(root), test.shape[1:] == NOTMNIST_SIZE
     if kind == "notmnist" and not fits:
@@ -83,10 +95,22 @@ def find_outliers(
         return Outliers(f"{len(images):,} inverted test images", images)
     shape = (len(test) if count is None else count, *test.shape[1:])
     if kind == "uniform":
-        images = scale * torch.rand(shape, generator=generator)
-        return Outliers(f"{len(images):,} images of uniform noise", images)
-    noise = torch.randn(shape, generator=generator).mul_(0.25).add_(0.5).clamp_(0, 1)
+        noise = uniform_noise(shape, generator)
+        return Outliers(f"{len(noise):,} images of uniform noise", scale * noise)
+    noise = gaussian_noise(shape, generator)
     return Outliers(f"{len(noise):,} images of Gaussian noise", scale * noise)
+
+
+def available_kinds(
+    image_shape: torch.Size, root: str | os.PathLike[str] | None = None
+) -> list[Kind]:
+    """All kinds of outliers that can be had for test images of a shape, real images first."""
+    kinds: list[Kind] = []
+    if image_shape == NOTMNIST_SIZE and notmnist_file(root) is not None:
+        kinds.append("notmnist")
+    if omniglot_path(root) is not None:
+        kinds.append("omniglot")
+    return [*kinds, "inverted", "gaussian", "uniform"]
 
 
 def some(images: Tensor, count: int | None, generator: torch.Generator) -> Tensor:
@@ -125,3 +149,32 @@ def read_notmnist(path: Path) -> Tensor:
             f"{HOW_TO_GET_NOTMNIST}"
         )
     return images
+
+
+# --- Omniglot --------------------------------------------------------------------------------
+
+
+def find_omniglot(
+    shape: torch.Size,
+    scale: float,
+    count: int | None,
+    seed: int,
+    root: str | os.PathLike[str] | None,
+) -> Outliers:
+    """Characters of Omniglot in a shape, white on black."""
+    path = omniglot_path(root)
+    if path is None:
+        raise FileNotFoundError(f"Omniglot was not found. {HOW_TO_GET_OMNIGLOT}")
+    images = read_images(path, shape, count=count, seed=seed, invert=True).mul_(scale)
+    return Outliers(f"{len(images):,} characters of Omniglot in {path}", images)
+
+
+def omniglot_path(root: str | os.PathLike[str] | None = None) -> Path | None:
+    """A zip file of Omniglot, or the folder of its content; searched for as `notmnist_file` is."""
+    for folder in candidates(root):
+        for name in OMNIGLOT:
+            for path in (Path(f"{name}.zip"), Path(name)):
+                found = folder.absolute().parent / "omniglot" / path
+                if found.exists():
+                    return found
+    return None

@@ -8,10 +8,12 @@ from functools import partial
 from pathlib import Path
 from typing import Literal, get_args
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 from torch import Tensor, nn
 
+from lightning_revflip.apd import DistilledPosterior
 from lightning_revflip.callbacks import SGLDSampler
 from lightning_revflip.callbacks.run_folder import run_folder
 from lightning_revflip.posterior import SampleBank, predictive_entropy
@@ -22,7 +24,7 @@ from recipes.mnist.module import Classifier
 from recipes.mnist.predictive import in_batches, predict_dropout, predict_network
 from recipes.mnist.uncertainty import summary
 
-Source = Literal["network", "dropout", "bank"]
+Source = Literal["network", "dropout", "bank", "distilled"]
 
 DIAGNOSTICS = ["num_chains", "num_draws", "ess_min", "ess_median", "rhat_max", "rhat_median"]
 
@@ -33,13 +35,14 @@ class UncertaintyReport(Callback):
     The prediction is the mean of the probabilities that one network or several give, see `source`:
     for all images of the data module's test set, and for its outliers.
 
-    **Logs** `posterior/...`: `samples`, the number of networks; `accuracy`, `nll` (nats per image)
-    and `ece`; the means `predictive_entropy_test` and `predictive_entropy_outliers`, of several
+    **Logs** `posterior/...`, or `distilled/...` for what was distilled, so that one test can report
+    on its bank as well: `samples`, the number of networks; `accuracy`, `nll` (nats per image) and
+    `ece`; the means `predictive_entropy_test` and `predictive_entropy_outliers`, of several
     networks `mutual_information_test` and `mutual_information_outliers` as well; and how well
     outliers are told from test images, `auroc/<score>`, `aupr_in/<score>`, `aupr_out/<score>` and
     `fpr95/<score>`, see `recipes.mnist.uncertainty.detection`.
 
-    **Figures** `posterior/reliability` and `posterior/entropy`, to WandbLogger and
+    **Figures** `reliability` and `entropy`, under the same name, to WandbLogger and
     TensorBoardLogger; PNG files in the folder of the run if there is neither; none in a run without
     a logger. WandbLogger also gets a bank as an artifact, and the table `posterior/diagnostics` if
     an `SGLDSampler` of the same Trainer has diagnosed it. Needs matplotlib.
@@ -49,10 +52,12 @@ class UncertaintyReport(Callback):
 
     Args:
         source: `network`, the one under test; `dropout`, passes that drop its units as in training
-            (Monte Carlo dropout); `bank`, the samples that `SGLDSampler` collected.
-        num_samples: number of passes; of a bank so many samples, evenly spread, or all if it has
-            fewer.
-        dirpath: folder of the bank; None: that of the `SGLDSampler` of the same Trainer.
+            (Monte Carlo dropout); `bank`, the samples that `SGLDSampler` collected; `distilled`,
+            networks of the `DistilledPosterior` that they became.
+        num_samples: number of passes, or of networks that are generated; of a bank so many samples,
+            evenly spread, or all if it has fewer.
+        dirpath: folder of the bank, or folder or file of the `DistilledPosterior`; None: the bank
+            of the `SGLDSampler` of the same Trainer, or `distilled` beside it.
         upload_bank: whether WandbLogger gets the bank.
 
     Raises:
@@ -70,13 +75,15 @@ class UncertaintyReport(Callback):
         upload_bank: bool = True,
     ) -> None:
         if source not in get_args(Source):
-            raise ValueError(f"source must be 'network', 'dropout' or 'bank', got {source!r}.")
+            raise ValueError(
+                f"source must be 'network', 'dropout', 'bank' or 'distilled', got {source!r}."
+            )
         if num_samples < 1:
             raise ValueError(f"num_samples must be at least 1, got {num_samples}.")
-        if dirpath is not None and source != "bank":
+        if dirpath is not None and source not in ("bank", "distilled"):
             raise ValueError(
                 f"dirpath would have no effect: it belongs to a bank, but source is {source!r}; "
-                f"got {dirpath!r}. Leave it out, or set source: bank."
+                f"got {dirpath!r}. Leave it out, or set source: bank, or distilled."
             )
         self.source: Source = source
         self.num_samples = num_samples
@@ -93,10 +100,13 @@ class UncertaintyReport(Callback):
                 f"{type(pl_module).__name__} and {type(data).__name__}."
             )
         data.outlier_images()  # raises, if they are not there, before the test has run
-        if self.source == "bank" and self.dirpath is None and sampler_of(trainer) is None:
+        if self.source not in ("bank", "distilled"):
+            return
+        if self.dirpath is None and sampler_of(trainer) is None:
+            what = "bank" if self.source == "bank" else "DistilledPosterior"
             raise ValueError(
-                "UncertaintyReport does not know where the bank is: there is no SGLDSampler among "
-                "the callbacks. Give its folder as dirpath."
+                f"UncertaintyReport does not know where the {what} is: there is no SGLDSampler "
+                "among the callbacks. Give its folder as dirpath."
             )
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -111,9 +121,10 @@ class UncertaintyReport(Callback):
             name: in_batches(predict, each, data.eval_batch_size, pl_module.device)
             for name, each in images.items()
         }
+        what = "distilled" if self.source == "distilled" else "posterior"
         values = summary(probs, test.labels).items()
-        pl_module.log_dict({f"posterior/{k}": v for k, v in values}, rank_zero_only=True)
-        draw_figures(trainer, probs, test.labels)
+        pl_module.log_dict({f"{what}/{k}": v for k, v in values}, rank_zero_only=True)
+        draw_figures(trainer, what, probs, test.labels)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.source != "bank" or not self._reports(trainer):
@@ -133,11 +144,14 @@ class UncertaintyReport(Callback):
             return partial(predict_network, model)
         if self.source == "dropout":
             return partial(predict_dropout, model, passes=self.num_samples)
+        # A network of its own, as SGLDSampler may have replaced the one under test by an ensemble.
+        network = nn.Sequential(OrderedDict(network=model.new_network())).to(model.device)
+        if self.source == "distilled":
+            distilled = DistilledPosterior.load(self._distilled_path(trainer))
+            return partial(predict_generated, distilled, network, n=self.num_samples)
         bank = SampleBank(self._bank_folder(trainer))
         if len(bank) == 0:
             raise ValueError(f"{bank.path} has no sample yet. Train for more than burn_in steps.")
-        # A network of its own, as SGLDSampler may have replaced the one under test by an ensemble.
-        network = nn.Sequential(OrderedDict(network=model.new_network())).to(model.device)
         return partial(bank.predict, network, n=min(self.num_samples, len(bank)))
 
     def _bank_folder(self, trainer: Trainer) -> Path:
@@ -147,6 +161,20 @@ class UncertaintyReport(Callback):
         assert sampler is not None
         return sampler.bank_folder(trainer)
 
+    def _distilled_path(self, trainer: Trainer) -> Path:
+        """Where `PosteriorDistillation` and `SaveDistilled` put it, too."""
+        if self.dirpath is not None:
+            return Path(self.dirpath).expanduser()
+        return self._bank_folder(trainer).with_name("distilled")
+
+
+def predict_generated(
+    posterior: DistilledPosterior, network: nn.Module, images: Tensor, n: int
+) -> Tensor:
+    """Probabilities of generated networks, the same ones for each batch."""
+    random = torch.Generator().manual_seed(0)
+    return posterior.predict(network, images, n, generator=random)
+
 
 def sampler_of(trainer: Trainer) -> SGLDSampler | None:
     """The callback that collects samples, if there is one."""
@@ -154,11 +182,12 @@ def sampler_of(trainer: Trainer) -> SGLDSampler | None:
     return next((each for each in callbacks if isinstance(each, SGLDSampler)), None)
 
 
-def draw_figures(trainer: Trainer, probs: Mapping[str, Tensor], labels: Tensor) -> None:
+def draw_figures(trainer: Trainer, what: str, probs: Mapping[str, Tensor], labels: Tensor) -> None:
     """Give the figures to the loggers that take some, or write them to the folder of the run.
 
     Args:
         trainer: whose loggers.
+        what: `posterior` or `distilled`, under which name loggers get them.
         probs: probabilities (networks, images, classes) of the `test` and, if any, the `outliers`.
         labels: of the test images.
     """
@@ -172,9 +201,10 @@ def draw_figures(trainer: Trainer, probs: Mapping[str, Tensor], labels: Tensor) 
     loggers = [logger for logger in trainer.loggers if isinstance(logger, WITH_FIGURES)]
     for name, figure in figures.items():
         for logger in loggers:
-            log_figure(logger, f"posterior/{name}", figure, trainer.global_step)
+            log_figure(logger, f"{what}/{name}", figure, trainer.global_step)
         if not loggers:
-            path = run_folder(trainer) / f"{name}.png"
+            prefix = "" if what == "posterior" else f"{what}_"
+            path = run_folder(trainer) / f"{prefix}{name}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             figure.savefig(path, dpi=150)
 

@@ -2,29 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from lightning_revflip.metrics import EnsembleCalibrationError, OutOfDistributionDetection
-from lightning_revflip.posterior.uncertainty import (
-    max_probability,
-    mutual_information,
-    predictive_entropy,
-    variation_ratio,
-)
-
-SCORES: dict[str, Callable[[Tensor], Tensor]] = {
-    "predictive_entropy": predictive_entropy,
-    "max_probability": lambda probs: 1 - max_probability(probs),
-    "mutual_information": mutual_information,
-    "variation_ratio": variation_ratio,
-}
-"""Scores of probabilities (networks, images, classes) that are higher where outliers are likely."""
-
-OF_SEVERAL_NETWORKS = ("mutual_information", "variation_ratio")
-"""Scores that are the same for every image if there is only one network."""
+from lightning_revflip import applications
+from lightning_revflip.metrics import EnsembleCalibrationError
+from lightning_revflip.posterior.uncertainty import mutual_information, predictive_entropy
 
 ALONE = {"sync_on_compute": False}
 """The numbers are of the images given here, whether or not other processes have some as well."""
@@ -68,16 +53,12 @@ def detection(test: Tensor, outliers: Tensor) -> dict[str, Tensor]:
         several networks.
     """
     size = min(test.shape[1], outliers.shape[1])
-    both = torch.cat([evenly_spaced(test, size), evenly_spaced(outliers, size)], dim=1)
-    is_out = torch.arange(2 * size) >= size
-    found = {}
-    for name, score in SCORES.items():
-        if name in OF_SEVERAL_NETWORKS and len(both) == 1:
-            continue
-        metric = OutOfDistributionDetection(**ALONE)
-        metric.update(score(both), is_out)
-        found.update({f"{kind}/{name}": value for kind, value in metric.compute().items()})
-    return found
+    found = applications.detection(evenly_spaced(test, size), evenly_spaced(outliers, size))
+    return {
+        f"{kind}/{score}": torch.tensor(value)
+        for score, values in found.items()
+        for kind, value in values._asdict().items()
+    }
 
 
 def evenly_spaced(probs: Tensor, size: int) -> Tensor:

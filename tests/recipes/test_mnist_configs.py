@@ -22,7 +22,8 @@ NETWORKS = {
     "cnn": ("cnn", [1024]),
 }
 OPTIMIZERS = {None: ("adam", 1e-3, 0.0), "sgd": ("sgd", 0.1, 0.9)}
-OTHERS = {"base", "small", "csv", "batch_8192", "es"}
+APPLICATIONS = {"apd_anomaly", "apd_adversarial", "apd_active_learning"}
+OTHERS = {"base", "small", "csv", "batch_8192", "es", "apd_offline", "apd_online", "apd_toy"}
 REPORTS = {"report": ("network", 0.0), "mc_dropout": ("dropout", 0.5)}
 SAMPLERS = {  # sampler, temperature, chains, learning rate
     "sgld": ("sgld", 1, 1, 0.5),
@@ -79,6 +80,7 @@ def test_every_choice_of_network_optimizer_and_data_can_be_composed(
 def test_no_configuration_is_left_out_of_the_tests():
     optimizers = {name for name in OPTIMIZERS if name}
     assert {path.stem for path in CONFIGS.iterdir()} == {
+        *APPLICATIONS,
         *OTHERS,
         *NETWORKS,
         *FLIPOUT,

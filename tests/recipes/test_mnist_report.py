@@ -306,7 +306,7 @@ def test_bank_and_figures_are_logged_to_wandb_offline(tmp_path, trained, monkeyp
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"source": "laplace"}, "source must be 'network', 'dropout' or 'bank', got 'laplace'"),
+        ({"source": "laplace"}, "source must be 'network', .* or 'distilled', got 'laplace'"),
         ({"num_samples": 0}, "num_samples must be at least 1, got 0"),
         ({"dirpath": "x"}, "dirpath would have no effect: .*source is 'network'; got 'x'"),
     ],
