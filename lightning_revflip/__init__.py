@@ -1,4 +1,4 @@
-"""PyTorch Lightning plugins: exactly reversible recurrences, flipout, samples of the posterior.
+"""PyTorch Lightning plugins: reversible recurrences, flipout, samples of posteriors, distillation.
 
 The cores need torch only; what needs Lightning is imported when it is first used.
 """
@@ -6,6 +6,7 @@ The cores need torch only; what needs Lightning is imported when it is first use
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from lightning_revflip.apd import DistilledPosterior, IdentityCodec, ParameterCodec, distil
 from lightning_revflip.convert import apply_spec, convert, load_from_checkpoint
 from lightning_revflip.flipout import (
     FLIPOUT_LAYERS,
@@ -71,14 +72,16 @@ from lightning_revflip.sgld import (
 
 if TYPE_CHECKING:
     from lightning_revflip.callbacks import (
+        DistillationReport,
         EvolutionStrategies,
         Flipout,
         MemoryMonitor,
+        PosteriorDistillation,
         ReversibleRNN,
         RNGState,
         SGLDSampler,
     )
-    from lightning_revflip.modules import EvolutionModule
+    from lightning_revflip.modules import APDModule, EvolutionModule, SampleBankCodes
     from lightning_revflip.strategies import IndependentChainsStrategy
 
 __version__ = "0.1.0"
@@ -89,9 +92,12 @@ __all__ = [
     "REVERSIBLE_FLIPOUT_LAYERS",
     "SGHMC",
     "SGLD",
+    "APDModule",
     "ChainWriter",
     "CyclicalSchedule",
     "DiagonalGaussian",
+    "DistillationReport",
+    "DistilledPosterior",
     "DropConnect",
     "EvolutionModule",
     "EvolutionStrategies",
@@ -108,6 +114,7 @@ __all__ = [
     "FlipoutRevLSTM",
     "Gaussian",
     "HiddenSlice",
+    "IdentityCodec",
     "IndependentChainsStrategy",
     "LinearCrossEntropy",
     "LockedDropout",
@@ -117,9 +124,11 @@ __all__ = [
     "MemoryReport",
     "MultiplicativeGaussian",
     "ParallelChains",
+    "ParameterCodec",
     "Perturbation",
     "PolynomialSchedule",
     "Posterior",
+    "PosteriorDistillation",
     "RNGState",
     "RevDecoder",
     "RevEncoder",
@@ -130,9 +139,11 @@ __all__ = [
     "ReversibleSequence",
     "SGLDSampler",
     "SampleBank",
+    "SampleBankCodes",
     "SequenceNoise",
     "apply_spec",
     "convert",
+    "distil",
     "elbo_loss",
     "expected_entropy",
     "kl",
@@ -149,14 +160,18 @@ __all__ = [
 ]
 
 _LAZY = {
+    "APDModule": "lightning_revflip.modules",
+    "DistillationReport": "lightning_revflip.callbacks",
     "EvolutionModule": "lightning_revflip.modules",
     "EvolutionStrategies": "lightning_revflip.callbacks",
-    "IndependentChainsStrategy": "lightning_revflip.strategies",
-    "RNGState": "lightning_revflip.callbacks",
-    "SGLDSampler": "lightning_revflip.callbacks",
     "Flipout": "lightning_revflip.callbacks",
+    "IndependentChainsStrategy": "lightning_revflip.strategies",
     "MemoryMonitor": "lightning_revflip.callbacks",
+    "PosteriorDistillation": "lightning_revflip.callbacks",
+    "RNGState": "lightning_revflip.callbacks",
     "ReversibleRNN": "lightning_revflip.callbacks",
+    "SGLDSampler": "lightning_revflip.callbacks",
+    "SampleBankCodes": "lightning_revflip.modules",
 }
 
 
