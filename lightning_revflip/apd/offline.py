@@ -36,7 +36,7 @@ def distil(
     Args:
         bank: samples, such as a `SampleBank`.
         rank: of the `ParameterCodec`; None: the weights themselves are the codes, as in the paper.
-        steps: of the generator.
+        steps: of the generator; 0 leaves it as it was made.
         seconds: stop earlier, after this time; the codec is fitted before.
         skip: whether the generator learns a correction of a normal distribution, see `Generator`;
             None: of codes of a `ParameterCodec`.
@@ -49,12 +49,14 @@ def distil(
         seed: of the initial networks and of training; torch's global generator is left alone.
 
     Raises:
-        ValueError: for a rank out of range, and samples that are not finite.
+        ValueError: for a rank out of range, negative steps, and samples that are not finite.
 
     Example:
         >>> bank = SampleBank("runs/mnist/bank")  # doctest: +SKIP
         >>> distil(bank, rank=20).export("mnist.safetensors")  # doctest: +SKIP
     """
+    if steps < 0:
+        raise ValueError(f"steps must be at least 0, got {steps}.")
     codec: Codec = IdentityCodec.fit(bank) if rank is None else ParameterCodec.fit(bank, rank)
     skip = rank is not None if skip is None else skip
     codes = encode_all(codec, bank)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from os import PathLike
@@ -143,6 +144,7 @@ class ActiveLearning:
         self.rounds: list[Round] = []
         """The rounds so far."""
         self._initial = pool.labelled.tolist()
+        self._checksum = _checksum(inputs, labels)
         if self.path is not None and self.path.exists():
             self._load(self.path)
 
@@ -230,6 +232,7 @@ class ActiveLearning:
             "evaluate_every": self.evaluate_every,
             "seed": self.seed,
             "pool_size": self.pool.size,
+            "data_checksum": self._checksum,
             "labelled_at_first": self._initial,
         }
 
@@ -263,3 +266,11 @@ class ActiveLearning:
         for each in rounds:
             self.pool.label(each.acquired)
         self.rounds = rounds
+
+
+def _checksum(*tensors: Tensor) -> int:
+    """CRC-32 of the values of some tensors."""
+    found = 0
+    for each in tensors:
+        found = zlib.crc32(each.detach().cpu().contiguous().numpy().data, found)
+    return found

@@ -114,7 +114,8 @@ class Collection:
         with torch.no_grad():
             for chain, writer in enumerate(self.writers):
                 parameters, buffers = self._sample(chain)
-                writer.append(step, parameters, buffers or None)
+                if not writer.append(step, parameters, buffers or None):
+                    _check_finite(step, parameters)  # the writer checks what it keeps
 
     def rows(self) -> Tensor:
         """The weights as they are now, shape (chains, P), float32, on the CPU."""
@@ -201,3 +202,12 @@ def _check_alone(model: nn.Module, stacked: ParallelChains) -> None:
             f"{', '.join(shared)} would be shared by all chains. Choose with `network` the part of "
             "the model that holds all trainable parameters, or freeze the others."
         )
+
+
+def _check_finite(step: int, parameters: dict[str, Tensor]) -> None:
+    for name, values in parameters.items():
+        if not values.isfinite().all():
+            raise ValueError(
+                f"the sample of step {step} has NaN or infinite values in {name!r}, so the chain "
+                "has diverged. Lower the learning rate; the samples before are kept."
+            )

@@ -137,5 +137,6 @@ def evaluate(
 def _sums(probs: Tensor, y: Tensor) -> Tensor:
     mean = probs.double().mean(0)
     correct = (mean.argmax(1) == y).sum()
-    nll = F.nll_loss(mean.log(), y, reduction="sum")
+    likely = mean.clamp_min(torch.finfo(probs.dtype).tiny)  # what float32 rounds to 0 stays finite
+    nll = F.nll_loss(likely.log(), y, reduction="sum")
     return torch.stack([correct, nll, predictive_entropy(probs).sum()]).double()

@@ -37,10 +37,10 @@ class APDModule(LightningModule):
     critic and one of the generator, which alone counts as a step of the Trainer. `SampleBankCodes`
     makes such batches of a bank; `posterior` is the result.
 
-    Logs `apd/wasserstein` (the critic's estimate), the penalties and `apd/generator_loss`;
-    in validation, of generated codes against held-out ones, `apd/sliced_wasserstein`,
-    `apd/mean_error` and `apd/covariance_error`. The callback `DistillationReport` adds what the
-    generated networks predict.
+    Logs `apd/wasserstein` (the critic's estimate), the penalties and `apd/generator_loss`; in
+    validation, of generated codes against held-out ones, `apd/sliced_wasserstein`, `apd/mean_error`
+    and `apd/covariance_error`, before `posterior` standardizes the codes. The callback
+    `DistillationReport` adds what the generated networks predict.
 
     Checkpoint: the networks, their optimizers and the codec, so that it is loaded without the bank:
     `APDModule.load_from_checkpoint(path).posterior()`. The random numbers of a step follow from

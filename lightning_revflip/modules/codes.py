@@ -96,6 +96,11 @@ class SampleBankCodes(LightningDataModule):
                 "SampleBankCodes has no codec, and is not used to train an APDModule, whose codec "
                 "it would take. Give it one, such as ParameterCodec.fit(bank, rank=20)."
             )
+        if not hasattr(module, "codec"):
+            raise ValueError(
+                "neither SampleBankCodes nor the APDModule has a codec. Give the module one: "
+                "APDModule(fit_codec(bank, rank=20))."
+            )
         return module.codec
 
     def train_dataloader(self) -> CodeBatches:

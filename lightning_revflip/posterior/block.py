@@ -130,7 +130,8 @@ class Block:
                 raise ValueError(
                     f"the sample of step {step} has values up to {largest:.3g} in {name!r}, more "
                     f"than {dtype_name(row.dtype)} holds, so it was not stored. Make the bank with "
-                    "dtype=torch.bfloat16 or torch.float32."
+                    "dtype=torch.bfloat16 or torch.float32; if the chain has diverged, lower the "
+                    "step size."
                 )
 
     def _put_buffers(self, buffers: Mapping[str, Tensor] | None) -> None:
