@@ -15,12 +15,12 @@ from rich.table import Table
 from torch import Tensor
 
 from lightning_revflip.apd.offline import distil
+from lightning_revflip.applications.predictors import DropoutPredictor, in_batches
 from lightning_revflip.posterior import DiagonalGaussian, LowRankGaussian, SampleBank, predict
 from lightning_revflip.posterior.layout import Parameters
 from lightning_revflip.posterior.protocol import Posterior
 from recipes.mnist.data import HandwrittenDigits
 from recipes.mnist.module import Classifier
-from recipes.mnist.predictive import predict_dropout
 from recipes.mnist.uncertainty import detection, quality
 
 RANKS = (10, 20, 40)
@@ -218,9 +218,9 @@ def _predict(module: Classifier, samples: Parameters, images: Images) -> Probabi
 
 def _dropout(checkpoint: Path, images: Images) -> Probabilities:
     module = Classifier.load_from_checkpoint(checkpoint, map_location="cpu").eval()
-    torch.manual_seed(0)
+    predictor = DropoutPredictor(module, PASSES)
     return Probabilities(
-        *(predict_dropout(module, each, PASSES) for each in (images.test, images.outliers))
+        *(in_batches(predictor, each, 1000) for each in (images.test, images.outliers))
     )
 
 

@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, get_args
+from typing import get_args
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
-from torch import Tensor, nn
+from torch import Tensor
 
-from lightning_revflip.apd import DistilledPosterior
+from lightning_revflip.applications.predictors import in_batches
 from lightning_revflip.callbacks import SGLDSampler
 from lightning_revflip.callbacks.run_folder import run_folder
-from lightning_revflip.posterior import SampleBank, predictive_entropy
+from lightning_revflip.posterior import predictive_entropy
 from recipes.common.figures import WITH_FIGURES, log_figure
 from recipes.mnist.data import HandwrittenDigits
 from recipes.mnist.figures import entropy_figure, reliability, reliability_figure
 from recipes.mnist.module import Classifier
-from recipes.mnist.predictive import in_batches, predict_dropout, predict_network
+from recipes.mnist.sources import Source, Sources, sampler_of
 from recipes.mnist.uncertainty import summary
 
-Source = Literal["network", "dropout", "bank", "distilled"]
-
+OF_SAMPLES = ("sample", "bank", "distilled")
 DIAGNOSTICS = ["num_chains", "num_draws", "ess_min", "ess_median", "rhat_max", "rhat_median"]
 
 
@@ -52,8 +48,8 @@ class UncertaintyReport(Callback):
 
     Args:
         source: `network`, the one under test; `dropout`, passes that drop its units as in training
-            (Monte Carlo dropout); `bank`, the samples that `SGLDSampler` collected; `distilled`,
-            networks of the `DistilledPosterior` that they became.
+            (Monte Carlo dropout); `bank`, the samples that `SGLDSampler` collected, and `sample`,
+            the last of them; `distilled`, networks of the `DistilledPosterior` that they became.
         num_samples: number of passes, or of networks that are generated; of a bank so many samples,
             evenly spread, or all if it has fewer.
         dirpath: folder of the bank, or folder or file of the `DistilledPosterior`; None: the bank
@@ -75,12 +71,9 @@ class UncertaintyReport(Callback):
         upload_bank: bool = True,
     ) -> None:
         if source not in get_args(Source):
-            raise ValueError(
-                f"source must be 'network', 'dropout', 'bank' or 'distilled', got {source!r}."
-            )
-        if num_samples < 1:
-            raise ValueError(f"num_samples must be at least 1, got {num_samples}.")
-        if dirpath is not None and source not in ("bank", "distilled"):
+            *others, last = map(repr, get_args(Source))
+            raise ValueError(f"source must be {', '.join(others)} or {last}, got {source!r}.")
+        if dirpath is not None and source not in OF_SAMPLES:
             raise ValueError(
                 f"dirpath would have no effect: it belongs to a bank, but source is {source!r}; "
                 f"got {dirpath!r}. Leave it out, or set source: bank, or distilled."
@@ -89,6 +82,13 @@ class UncertaintyReport(Callback):
         self.num_samples = num_samples
         self.dirpath = dirpath
         self.upload_bank = upload_bank
+        self._sources = Sources(
+            [source],
+            num_samples,
+            bank=None if source == "distilled" else dirpath,
+            distilled=dirpath if source == "distilled" else None,
+            seed=0,
+        )
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "test":
@@ -100,13 +100,10 @@ class UncertaintyReport(Callback):
                 f"{type(pl_module).__name__} and {type(data).__name__}."
             )
         data.outlier_images()  # raises, if they are not there, before the test has run
-        if self.source not in ("bank", "distilled"):
-            return
-        if self.dirpath is None and sampler_of(trainer) is None:
-            what = "bank" if self.source == "bank" else "DistilledPosterior"
+        if self.source in OF_SAMPLES and self.dirpath is None and sampler_of(trainer) is None:
             raise ValueError(
-                f"UncertaintyReport does not know where the {what} is: there is no SGLDSampler "
-                "among the callbacks. Give its folder as dirpath."
+                f"UncertaintyReport does not know where the {self.source} is: there is no "
+                "SGLDSampler among the callbacks. Give its folder as dirpath."
             )
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -116,10 +113,9 @@ class UncertaintyReport(Callback):
         data: HandwrittenDigits = trainer.datamodule  # type: ignore[attr-defined]
         test, outliers = data.test_set(), data.outlier_images()
         images = {"test": test.images, **({} if outliers is None else {"outliers": outliers})}
-        predict = self._predictor(trainer, pl_module)
+        predictor = self._sources.predictors(trainer, pl_module)[self.source]
         probs = {
-            name: in_batches(predict, each, data.eval_batch_size, pl_module.device)
-            for name, each in images.items()
+            name: in_batches(predictor, each, data.eval_batch_size) for name, each in images.items()
         }
         what = "distilled" if self.source == "distilled" else "posterior"
         values = summary(probs, test.labels).items()
@@ -133,53 +129,10 @@ class UncertaintyReport(Callback):
             if isinstance(logger, WandbLogger):
                 log_diagnostics(logger, sampler_of(trainer))
                 if self.upload_bank:
-                    log_bank(logger, self._bank_folder(trainer))
+                    log_bank(logger, self._sources.bank_path(trainer))
 
     def _reports(self, trainer: Trainer) -> bool:
         return trainer.is_global_zero and not trainer.fast_dev_run  # type: ignore[attr-defined]
-
-    def _predictor(self, trainer: Trainer, model: Classifier) -> Callable[[Tensor], Tensor]:
-        """What gives probabilities (networks, batch, classes) of images (batch, ...)."""
-        if self.source == "network":
-            return partial(predict_network, model)
-        if self.source == "dropout":
-            return partial(predict_dropout, model, passes=self.num_samples)
-        # A network of its own, as SGLDSampler may have replaced the one under test by an ensemble.
-        network = nn.Sequential(OrderedDict(network=model.new_network())).to(model.device)
-        if self.source == "distilled":
-            distilled = DistilledPosterior.load(self._distilled_path(trainer))
-            return partial(predict_generated, distilled, network, n=self.num_samples)
-        bank = SampleBank(self._bank_folder(trainer))
-        if len(bank) == 0:
-            raise ValueError(f"{bank.path} has no sample yet. Train for more than burn_in steps.")
-        return partial(bank.predict, network, n=min(self.num_samples, len(bank)))
-
-    def _bank_folder(self, trainer: Trainer) -> Path:
-        if self.dirpath is not None:
-            return Path(self.dirpath).expanduser()
-        sampler = sampler_of(trainer)
-        assert sampler is not None
-        return sampler.bank_folder(trainer)
-
-    def _distilled_path(self, trainer: Trainer) -> Path:
-        """Where `PosteriorDistillation` and `SaveDistilled` put it, too."""
-        if self.dirpath is not None:
-            return Path(self.dirpath).expanduser()
-        return self._bank_folder(trainer).with_name("distilled")
-
-
-def predict_generated(
-    posterior: DistilledPosterior, network: nn.Module, images: Tensor, n: int
-) -> Tensor:
-    """Probabilities of generated networks, the same ones for each batch."""
-    random = torch.Generator().manual_seed(0)
-    return posterior.predict(network, images, n, generator=random)
-
-
-def sampler_of(trainer: Trainer) -> SGLDSampler | None:
-    """The callback that collects samples, if there is one."""
-    callbacks = trainer.callbacks  # type: ignore[attr-defined]
-    return next((each for each in callbacks if isinstance(each, SGLDSampler)), None)
 
 
 def draw_figures(trainer: Trainer, what: str, probs: Mapping[str, Tensor], labels: Tensor) -> None:

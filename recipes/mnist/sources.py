@@ -19,9 +19,9 @@ from lightning_revflip.applications import (
     PosteriorPredictor,
     Predictor,
 )
+from lightning_revflip.callbacks import SGLDSampler
 from lightning_revflip.posterior import Posterior, SampleBank
 from recipes.mnist.module import Classifier
-from recipes.mnist.report import sampler_of
 
 Source = Literal["network", "dropout", "sample", "bank", "distilled"]
 
@@ -103,7 +103,7 @@ class Sources:
             posterior: Posterior = DistilledPosterior.load(self._distilled_path(trainer))
             random = torch.Generator().manual_seed(self.seed)
             return PosteriorPredictor(posterior, network, self.num_samples, generator=random)
-        bank = SampleBank(self._bank_path(trainer))
+        bank = SampleBank(self.bank_path(trainer))
         if len(bank) == 0:
             raise ValueError(f"{bank.path} has no sample yet. Train for more than burn_in steps.")
         count = 1 if source == "sample" else min(self.num_samples, len(bank))
@@ -112,7 +112,8 @@ class Sources:
     def _has_no_bank(self, trainer: Trainer) -> bool:
         return self.bank is None and sampler_of(trainer) is None
 
-    def _bank_path(self, trainer: Trainer) -> Path:
+    def bank_path(self, trainer: Trainer) -> Path:
+        """The folder of the samples."""
         if self.bank is not None:
             return Path(self.bank).expanduser()
         sampler = sampler_of(trainer)
@@ -122,4 +123,10 @@ class Sources:
     def _distilled_path(self, trainer: Trainer) -> Path:
         if self.distilled is not None:
             return Path(self.distilled).expanduser()
-        return self._bank_path(trainer).parent / "distilled"
+        return self.bank_path(trainer).parent / "distilled"
+
+
+def sampler_of(trainer: Trainer) -> SGLDSampler | None:
+    """The callback that collects samples, if there is one."""
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    return next((each for each in callbacks if isinstance(each, SGLDSampler)), None)

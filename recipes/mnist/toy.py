@@ -25,7 +25,7 @@ from lightning_revflip.posterior import LowRankGaussian, Posterior, SampleBank, 
 from recipes.common.figures import WITH_FIGURES, log_figure
 from recipes.mnist.batches import Batch
 from recipes.mnist.networks import mlp
-from recipes.mnist.report import sampler_of
+from recipes.mnist.sources import sampler_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
