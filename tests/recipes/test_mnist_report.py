@@ -294,7 +294,8 @@ def test_bank_and_figures_are_logged_to_wandb_offline(tmp_path, trained, monkeyp
         tmp_path, trained, UncertaintyReport("bank", dirpath=str(folder)), logger=logger
     )
     logged = dict(logger.experiment.summary)
-    wandb.finish()
+    wandb.finish()  # so that a later test in this process begins a run of its own
+    wandb.teardown()
     assert logged["posterior/accuracy"] == pytest.approx(found["posterior/accuracy"])
     files = {path.name for path in (tmp_path / "wandb").rglob("*.*")}
     assert any(name.startswith("reliability") and name.endswith(".png") for name in files)
