@@ -1,7 +1,6 @@
 """Predictions of stacked samples are those of each sample loaded into the module."""
 
 import copy
-import time
 
 import pytest
 import torch
@@ -226,30 +225,3 @@ def test_a_posterior_refuses_no_samples():
     module, x = made("linear")
     with pytest.raises(ValueError, match="n must be at least 1, got 0"):
         gaussian(module).predict(module, x, 0)
-
-
-# --- speed ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_one_example_is_predicted_faster_than_by_loading_each_sample():
-    """4.6 times as fast was measured; twice leaves room for a machine that does other things."""
-    network = nn.Sequential(nn.Linear(784, 100), nn.ReLU(), nn.Linear(100, 10)).eval()
-    samples, x = stacked(network, 100), torch.randn(1, 784)
-    states = [{name: value[i].clone() for name, value in samples.items()} for i in range(100)]
-
-    def loading():
-        with torch.no_grad():
-            for state in states:
-                network.load_state_dict(state)
-                network(x).softmax(-1)
-
-    def shortest(function):
-        times = []
-        for _ in range(10):
-            start = time.perf_counter()
-            function()
-            times.append(time.perf_counter() - start)
-        return min(times)
-
-    assert 2 * shortest(lambda: predict(network, samples, x)) < shortest(loading)
