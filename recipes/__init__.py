@@ -1,1 +1,1 @@
-"""Recipes: data, an ordinary LightningModule and YAML. Run them from the root of a checkout."""
+"""Recipes: data, an ordinary LightningModule and YAML. Run them from the folder of `recipes/`."""

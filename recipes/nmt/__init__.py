@@ -1,1 +1,4 @@
-"""Translation with recurrent encoders and decoders, on Multi30k or on any parallel text."""
+"""Translation with recurrent encoders and decoders, and attention.
+
+Data: Multi30k, any parallel text, or generated number words.
+"""

@@ -1,1 +1,4 @@
-"""Word- or character-level language models on the Penn Treebank (or on an embedded excerpt)."""
+"""Language models of words or characters, with one or two recurrent layers.
+
+Data: the Penn Treebank, or an embedded excerpt of a novel where it is missing.
+"""

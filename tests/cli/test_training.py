@@ -1,14 +1,13 @@
-"""The command line: every subcommand, configurations, what a run records of itself."""
+"""Commands that train: every one of them, configurations, what a run records of itself."""
 
 import csv
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-import wandb
 import yaml
+from lightning.pytorch import seed_everything
 
 import recipes
 from lightning_revflip.cli import main
@@ -57,7 +56,7 @@ def metrics(folder: Path) -> dict[str, float]:
 
 def test_fit_then_validate_test_and_predict_from_its_own_config(run_folder, tmp_path, capsys):
     fitted = metrics(run_folder)
-    for name in ("train/loss", "train/perplexity", "val/perplexity", "tokens_per_second"):
+    for name in ("train/loss", "train/perplexity", "val/perplexity", "train/tokens_per_second"):
         assert fitted[name] > 0
     assert 0 < fitted["reversible/bits_per_unit_step"] <= 3
     config = f"--config={run_folder / 'config.yaml'}"
@@ -98,20 +97,6 @@ def test_run_records_its_configuration_seed_and_versions(run_folder):
     assert callbacks["lightning_revflip.callbacks.ReversibleRNN"]["max_forget_bits"] == 2.0
 
 
-def test_fit_logs_to_wandb_offline(tmp_path):
-    revflip("fit", *SMALL, configs=("base", "small", "lstm", "rev3"))
-    wandb.finish()  # so that a later test in this process begins a run of its own
-    wandb.teardown()  # waits until W&B's own process has written its file
-    (folder,) = (tmp_path / "runs" / "wandb").glob("offline-run-*")
-    images = {path.name.rsplit("_", 2)[0] for path in folder.rglob("*.png")}
-    assert images == {"bits_per_layer", "forget_gates"}
-    (config,) = (tmp_path / "runs" / "revflip-ptb").glob("*/config.yaml")
-    assert (config.parent / "checkpoints" / "last.ckpt").exists()
-    recorded = next(folder.glob("*.wandb")).read_bytes()
-    names = (b"val/perplexity", b"reversible/savings", b"tokens_per_second", b"versions")
-    assert [name for name in names if name not in recorded] == []
-
-
 def test_fit_needs_no_wandb(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "wandb", None)  # import wandb raises ImportError
     revflip("fit", *SMALL, configs=("base", "small", "lstm", "csv"))
@@ -147,8 +132,56 @@ def test_other_mistakes_are_reported_without_that_hint(capsys):
     assert "looked up" not in message
 
 
-def test_import_needs_neither_wandb_nor_a_recipe():
-    code = "import sys, lightning_revflip.cli; print({'wandb', 'recipes'} & set(sys.modules))"
-    root = Path(recipes.__path__[0]).parent
-    run = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, check=True)
-    assert run.stdout.strip() == b"set()"
+def test_missing_recipe_is_reported_with_the_command_that_copies_it(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", "recipes/ptb/configs/base.yaml"])
+    assert "revflip copy ptb ." in capsys.readouterr().err
+    (tmp_path / "recipes" / "ptb").mkdir(parents=True)
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", "recipes/ptb/configs/bsae.yaml"])
+    assert "revflip copy" not in capsys.readouterr().err
+
+
+BORING = (
+    "fit",
+    "--model=lightning.pytorch.demos.boring_classes.BoringModel",
+    "--data=lightning.pytorch.demos.boring_classes.BoringDataModule",
+    "--trainer.max_steps=1",
+    "--trainer.logger=CSVLogger",
+    "--trainer.logger.save_dir=.",
+    "--trainer.enable_progress_bar=false",
+)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [(["--seed_everything=7"], 7), (["--seed_everything=true"], 1234), ([], 1234)],
+    ids=["number", "true", "none given"],
+)
+def test_recorded_seed_is_the_one_in_use(given, expected, tmp_path, monkeypatch):
+    seeds = []
+    monkeypatch.setenv("PL_GLOBAL_SEED", "1234")
+    monkeypatch.setattr(
+        "lightning.pytorch.cli.seed_everything",
+        lambda *args, **kwargs: seeds.append(seed_everything(*args, **kwargs)) or seeds[-1],
+    )
+    main([*BORING, *given])
+    (used,) = seeds
+    config = yaml.safe_load(next(tmp_path.rglob("config.yaml")).read_text())
+    assert config["seed_everything"] == used == expected
+
+
+def test_run_without_a_seed_says_so(tmp_path):
+    main([*BORING, "--seed_everything=false"])
+    config = yaml.safe_load(next(tmp_path.rglob("config.yaml")).read_text())
+    assert config["seed_everything"] is False
+
+
+def test_config_holds_the_provenance_that_loggers_got(run_folder):
+    logged = yaml.safe_load((run_folder / "hparams.yaml").read_text())
+    lines = (run_folder / "config.yaml").read_text().splitlines()
+    header = [line.removeprefix("# ") for line in lines if line.startswith("# ")]
+    recorded = yaml.safe_load("\n".join(line for line in header if "==" not in line))
+    assert recorded == {name: logged[name] for name in ("device", "threads", "versions")}
+    assert recorded["device"] == "cpu"
+    assert recorded["threads"] == torch.get_num_threads()

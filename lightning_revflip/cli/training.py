@@ -1,4 +1,4 @@
-"""The command `revflip fit|validate|test|predict`: a LightningCLI for any model and data module.
+"""`revflip fit|validate|test|predict`: a LightningCLI for any model and data module.
 
     revflip fit --config base.yaml --config lstm.yaml --config rev3.yaml --trainer.max_epochs 3
 
@@ -10,25 +10,28 @@ from __future__ import annotations
 
 import json
 import os
-import platform
+import re
 import sys
 from collections.abc import Sequence
-from importlib import metadata
+from pathlib import Path
 from typing import NoReturn
 
+import yaml  # type: ignore[import-untyped]
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_revflip import __version__
 from lightning_revflip.callbacks.run_folder import run_folder
+from lightning_revflip.cli.provenance import provenance
+from lightning_revflip.cli.recipes import recipe_names
 
 
 class SaveRunConfig(SaveConfigCallback):
-    """Gives the whole configuration of a run, its seed and the versions in use to its loggers.
+    """Gives the whole configuration of a run, its seed and its `provenance` to its loggers.
 
-    Also writes it to `config.yaml` beside the folder of the run's checkpoints, from where
-    `revflip ... --config config.yaml` repeats the run. Does nothing in a run without a logger.
+    Also writes them to `config.yaml` beside the folder of the run's checkpoints, the provenance as
+    a comment, from where `revflip ... --config config.yaml` repeats the run. `seed_everything` is
+    the seed that was used, or false if there was none. Does nothing in a run without a logger.
     """
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -37,34 +40,41 @@ class SaveRunConfig(SaveConfigCallback):
         # The third argument keeps what is null: `max_forget_bits: null` is not the default. It goes
         # without its name, which is skip_none before jsonargparse 4.49 and skip_unset after.
         config = json.loads(self.parser.dump(self.config, "json", False))
+        origin = provenance(trainer.strategy.root_device)
         for logger in trainer.loggers:
-            logger.log_hyperparams({**config, "versions": versions()})
+            logger.log_hyperparams({**config, **origin})
         path = run_folder(trainer) / self.config_filename
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(self.parser.dump(self.config, "yaml", False), encoding="utf-8")
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide what a run computes."""
-    return {
-        "python": platform.python_version(),
-        "torch": metadata.version("torch"),
-        "lightning": metadata.version("lightning"),
-        "lightning-revflip": __version__,
-    }
+        header = "".join(f"# {line}\n" for line in yaml.safe_dump(origin).splitlines())
+        text = header + self.parser.dump(self.config, "yaml", False)
+        path.write_text(text, encoding="utf-8")
 
 
 class Parser(LightningArgumentParser):
-    """Says where classes are looked up when one is not found."""
+    """Says where classes and files are looked up when one is not found."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if "class_path" in message and ("No module" in message or "has no attribute" in message):
             message += (
                 f"\n\nClasses are looked up in installed packages and in the working directory, "
                 f"{os.getcwd()}. Check the spelling, install what is missing, or run revflip where "
-                "the module is: the recipes, for example, are found from the root of a checkout."
+                "the module is."
+            )
+        name = missing_recipe(message)
+        if name is not None:
+            message += (
+                f"\n\nThere is no folder recipes/{name} in the working directory. Copy it there: "
+                f"revflip copy {name} ."
             )
         super().error(message, ex)
+
+
+def missing_recipe(message: str) -> str | None:
+    """The recipe whose file or class an error did not find, if the working directory lacks it."""
+    if "does not exist" not in message and "No module named 'recipes" not in message:
+        return None
+    named = set(re.findall(r"\brecipes[./](\w+)", message)) & set(recipe_names())
+    return next((name for name in sorted(named) if not Path("recipes", name).is_dir()), None)
 
 
 class RevflipCLI(LightningCLI):
@@ -119,21 +129,3 @@ class RevflipCLI(LightningCLI):
                 f"revflip {self.subcommand} uses the weights that the model starts with: there is "
                 "no --ckpt_path with trained ones."
             )
-
-
-def main(args: Sequence[str] | None = None) -> None:
-    """Run `revflip`.
-
-    Args:
-        args: the command line, by default that of the process.
-
-    Raises:
-        SystemExit: if the command line or a configuration is not valid.
-    """
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    RevflipCLI(args)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,5 @@
+"""`python -m lightning_revflip.cli` is `revflip`."""
+
+from lightning_revflip.cli import main
+
+main()
