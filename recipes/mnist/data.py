@@ -10,8 +10,9 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
+from recipes.common.folders import cache_folder
 from recipes.mnist.batches import Batch, Batches, DividedSampler
-from recipes.mnist.images import Images, Source, cache_folder, download_mnist, find_images
+from recipes.mnist.images import Images, Source, download_mnist, find_images
 from recipes.mnist.networks import Shape
 from recipes.mnist.outliers import KINDS, Kind, find_outliers
 from recipes.mnist.splits import Rule, Split, check_balance, divide, draw
@@ -124,7 +125,7 @@ class HandwrittenDigits(LightningDataModule):
             try:
                 find_images("mnist", self.root, self.verify)
             except FileNotFoundError:
-                download_mnist(Path(self.root).expanduser() if self.root else cache_folder())
+                download_mnist(Path(self.root).expanduser() if self.root else cache_folder("mnist"))
 
     def setup(self, stage: str) -> None:
         needed = {"fit": ("train", "val"), "validate": ("val",)}

@@ -12,12 +12,13 @@ import math
 import os
 import struct
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+
+from recipes.common.folders import candidates
 
 Source = Literal["auto", "mnist", "digits"]
 
@@ -83,29 +84,13 @@ def find_images(
         raise ValueError(f"source must be 'auto', 'mnist' or 'digits', got {source!r}.")
     if source == "digits":
         return read_digits()
-    for folder in candidates(root):
+    for folder in candidates("mnist", root):
         if any((folder / name).exists() for name in MD5):
             return read_mnist(folder, verify)
     if source == "mnist" or root is not None:
-        searched = ", ".join(str(folder) for folder in candidates(root))
+        searched = ", ".join(str(folder) for folder in candidates("mnist", root))
         raise FileNotFoundError(f"No file of MNIST in any of: {searched}. {HOW_TO_GET_IT}")
     return read_digits()
-
-
-def candidates(root: str | os.PathLike[str] | None) -> Iterator[Path]:
-    """The folders to search for MNIST, best first."""
-    if root is not None or os.environ.get("REVFLIP_DATA"):
-        folder = Path(root if root is not None else os.environ["REVFLIP_DATA"]).expanduser()
-        yield folder
-        yield folder / "mnist"
-    if root is None:
-        yield cache_folder()
-
-
-def cache_folder() -> Path:
-    """Where downloads go: `$XDG_CACHE_HOME/lightning_revflip/mnist`, by default in `~/.cache`."""
-    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(home).expanduser() / "lightning_revflip" / "mnist"
 
 
 # --- reading ---------------------------------------------------------------------------------

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from lightning_revflip.applications import gaussian_noise, read_images, uniform_noise
-from recipes.mnist.images import TEST_IMAGES, candidates, parse_idx, unpack
+from recipes.common.folders import candidates
+from recipes.mnist.images import TEST_IMAGES, parse_idx, unpack
 
 Kind = Literal["auto", "notmnist", "omniglot", "uniform", "gaussian", "inverted", "none"]
 
@@ -129,7 +130,7 @@ def notmnist_file(root: str | os.PathLike[str] | None = None) -> Path | None:
     For data in `root` these are `root/notmnist` and the neighbour of `root`; without a `root` the
     same of `REVFLIP_DATA`, and of the cache.
     """
-    for folder in candidates(root):
+    for folder in candidates("mnist", root):
         file = folder.absolute().parent / "notmnist" / TEST_IMAGES
         if file.is_file():
             return file
@@ -171,7 +172,7 @@ def find_omniglot(
 
 def omniglot_path(root: str | os.PathLike[str] | None = None) -> Path | None:
     """A zip file of Omniglot, or the folder of its content; searched for as `notmnist_file` is."""
-    for folder in candidates(root):
+    for folder in candidates("mnist", root):
         for name in OMNIGLOT:
             for path in (Path(f"{name}.zip"), Path(name)):
                 found = folder.absolute().parent / "omniglot" / path

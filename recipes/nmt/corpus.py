@@ -10,11 +10,12 @@ import gzip
 import hashlib
 import os
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from recipes.common.folders import candidates
 from recipes.nmt.numbers import read_numbers
 from recipes.nmt.tokenization import Level
 
@@ -156,7 +157,7 @@ def find_corpus(
     if source != "numbers":
         wanted = known_languages(pair or "de-en", "Multi30k")
         stems = {"train": "train", "val": "val", "test": test_set}
-        for folder in candidates(root):
+        for folder in candidates("multi30k", root):
             found = {
                 split: (folder / f"{stem}.{wanted[0]}.gz", folder / f"{stem}.{wanted[1]}.gz")
                 for split, stem in stems.items()
@@ -168,7 +169,7 @@ def find_corpus(
                 description = f"{name} {'-'.join(wanted)} in {folder}"
                 return ParallelCorpus(description, *wanted, partial(read_pair, found))
         if source == "multi30k" or root is not None or test_set != TEST_SETS[0]:
-            searched = ", ".join(str(folder) for folder in candidates(root))
+            searched = ", ".join(str(folder) for folder in candidates("multi30k", root))
             raise FileNotFoundError(f"No file of Multi30k in any of: {searched}. {HOW_TO_GET_IT}")
     wanted = known_languages(pair or "en-de", "The number task")
     description = f"number words {'-'.join(wanted)}, generated (scores do not compare with others)"
@@ -284,23 +285,6 @@ def read_lines(path: Path) -> list[str]:
 
 
 # --- Multi30k --------------------------------------------------------------------------------
-
-
-def candidates(root: str | os.PathLike[str] | None) -> Iterator[Path]:
-    """The folders to search for Multi30k, best first."""
-    if root is not None:
-        yield Path(root).expanduser()
-        yield Path(root).expanduser() / "multi30k"
-        return
-    if os.environ.get("REVFLIP_DATA"):
-        yield Path(os.environ["REVFLIP_DATA"]).expanduser() / "multi30k"
-    yield cache_folder()
-
-
-def cache_folder() -> Path:
-    """Where downloads go: `$XDG_CACHE_HOME/lightning_revflip/multi30k`, by default `~/.cache`."""
-    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(home).expanduser() / "lightning_revflip" / "multi30k"
 
 
 def check_files(paths: list[Path], verify: bool) -> None:

@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
 
+from recipes.common.folders import cache_folder
 from recipes.nmt.batches import Batches, BucketSampler, Pair, warn_of_long_lines
 from recipes.nmt.corpus import (
     Lines,
     ParallelCorpus,
     Source,
     TestSet,
-    cache_folder,
     check_source,
     download_corpus,
     find_corpus,
@@ -163,7 +163,7 @@ class ParallelText(LightningDataModule):
             try:
                 self._find("multi30k")
             except FileNotFoundError:
-                folder = Path(self.root).expanduser() if self.root else cache_folder()
+                folder = Path(self.root).expanduser() if self.root else cache_folder("multi30k")
                 download_corpus(folder, self.pair, self.test_set)
 
     def setup(self, stage: str) -> None:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
+
+from recipes.common.folders import candidates
 
 Source = Literal["auto", "ptb", "embedded"]
 
@@ -59,14 +60,14 @@ def find_corpus(source: Source, root: str | os.PathLike[str] | None, verify: boo
     if source not in ("auto", "ptb", "embedded"):
         raise ValueError(f"source must be 'auto', 'ptb' or 'embedded', got {source!r}.")
     if source != "embedded":
-        for folder in candidates(root):
+        for folder in candidates("ptb", root):
             files = {split: folder / f"ptb.{split}.txt" for split in SPLITS}
             if any(file.exists() for file in files.values()):
                 check_files(files, verify)
                 name = "Penn Treebank" if verify else "text files (not verified)"
                 return Corpus(f"{name} in {folder}", files)
         if source == "ptb" or root is not None:
-            searched = ", ".join(str(folder) for folder in candidates(root))
+            searched = ", ".join(str(folder) for folder in candidates("ptb", root))
             raise FileNotFoundError(
                 f"No file of the Penn Treebank in any of: {searched}. {HOW_TO_GET_IT}"
             )
@@ -74,23 +75,6 @@ def find_corpus(source: Source, root: str | os.PathLike[str] | None, verify: boo
         "embedded excerpt of War and Peace (perplexities do not compare with the Penn Treebank's)",
         {split: EMBEDDED / f"{split}.txt" for split in SPLITS},
     )
-
-
-def candidates(root: str | os.PathLike[str] | None) -> Iterator[Path]:
-    """The folders to search, best first."""
-    if root is not None:
-        yield Path(root).expanduser()
-        yield Path(root).expanduser() / "ptb"
-        return
-    if os.environ.get("REVFLIP_DATA"):
-        yield Path(os.environ["REVFLIP_DATA"]).expanduser() / "ptb"
-    yield cache_folder()
-
-
-def cache_folder() -> Path:
-    """Where downloads go: `$XDG_CACHE_HOME/lightning_revflip/ptb`, by default in `~/.cache`."""
-    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(home).expanduser() / "lightning_revflip" / "ptb"
 
 
 def check_files(files: dict[str, Path], verify: bool) -> None:

@@ -10,7 +10,8 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from recipes.ptb.corpus import Corpus, Source, cache_folder, download_corpus, find_corpus
+from recipes.common.folders import cache_folder
+from recipes.ptb.corpus import Corpus, Source, download_corpus, find_corpus
 from recipes.ptb.streams import (
     Windows,
     columns_of_rank,
@@ -125,7 +126,7 @@ class PennTreebank(LightningDataModule):
             try:
                 find_corpus("ptb", self.root, self.verify)
             except FileNotFoundError:
-                download_corpus(Path(self.root) if self.root else cache_folder())
+                download_corpus(Path(self.root) if self.root else cache_folder("ptb"))
 
     def setup(self, stage: str) -> None:
         needed = {"fit": ("train", "valid"), "validate": ("valid",), "test": ("test",)}

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from recipes.common.folders import cache_folder
 from recipes.mnist.data import HandwrittenDigits
-from recipes.mnist.images import cache_folder
 from recipes.mnist.outliers import find_outliers, notmnist_file
 
 REAL = os.environ.get("REVFLIP_DATA")
@@ -111,7 +111,7 @@ def test_without_enough_images_there_are_fewer_outliers_but_noise_has_no_end(
 
 @pytest.mark.parametrize("place", ["parent", "beside", "environment", "cache"])
 def test_notmnist_is_found_in(tmp_path, monkeypatch, place):
-    data = cache_folder().parent if place == "cache" else tmp_path / "data"
+    data = cache_folder("mnist").parent if place == "cache" else tmp_path / "data"
     write(data / "notmnist")
     root = {"parent": data, "beside": data / "mnist"}.get(place)
     if place == "environment":

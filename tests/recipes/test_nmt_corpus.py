@@ -14,8 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from recipes.common.folders import cache_folder
 from recipes.nmt import corpus as corpus_module
-from recipes.nmt.corpus import cache_folder, find_corpus, read_lines
+from recipes.nmt.corpus import find_corpus, read_lines
 from recipes.nmt.data import ParallelText
 from recipes.nmt.numbers import LARGEST, SIZES, number_splits, number_words, read_numbers
 
@@ -216,7 +217,7 @@ def test_environment_comes_before_the_cache_and_the_cache_before_number_words(
     numbers = find_corpus("auto")
     assert "number words en-de" in numbers.description
     assert len(numbers.read("val")[0]) == 500
-    cache = cache_folder()
+    cache = cache_folder("multi30k")
     cache.mkdir(parents=True)
     for file in published.iterdir():
         (cache / file.name).write_bytes(file.read_bytes())
@@ -283,10 +284,10 @@ def mirror(published, monkeypatch):
 
 def test_download_happens_only_when_asked_for_and_fills_the_cache(mirror):
     ParallelText().prepare_data()
-    assert not cache_folder().exists()
+    assert not cache_folder("multi30k").exists()
     data = ParallelText(pair="fr-en", download=True)
     data.prepare_data()
-    assert {file.name for file in cache_folder().iterdir()} == {
+    assert {file.name for file in cache_folder("multi30k").iterdir()} == {
         f"{stem}.{language}.gz"
         for stem in ("train", "val", "test_2016_flickr")
         for language in ("fr", "en")

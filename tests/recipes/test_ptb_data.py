@@ -13,6 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from recipes.common.folders import cache_folder
 from recipes.ptb import corpus as corpus_module
 from recipes.ptb.corpus import EMBEDDED, SPLITS, find_corpus
 from recipes.ptb.data import PennTreebank
@@ -348,10 +349,10 @@ def mirror(published, monkeypatch):
 
 def test_download_happens_only_when_asked_for_and_fills_the_cache(mirror):
     PennTreebank(source="auto").prepare_data()
-    assert not corpus_module.cache_folder().exists()
+    assert not cache_folder("ptb").exists()
     data = PennTreebank(source="ptb", download=True)
     data.prepare_data()
-    assert data.corpus.files["train"].parent == corpus_module.cache_folder()
+    assert data.corpus.files["train"].parent == cache_folder("ptb")
     assert data.vocabulary.tokens == ["<eos>", "<unk>", "the", "n", "t", "a", "N"]
 
 
