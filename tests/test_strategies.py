@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -137,19 +136,17 @@ def test_chains_with_equal_initial_weights_are_warned_of(chains):
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", range(CHAINS))
 def test_all_processes_end_when_one_fails(tmp_path, rank):
-    begin = time.monotonic()
     with (tmp_path / "output").open("w") as output:
         ended = subprocess.run(
             command(tmp_path, rank),
             check=False,
             stdout=output,
             stderr=subprocess.STDOUT,
-            timeout=120,
+            timeout=120,  # of a process that waits for the other for ever
             cwd=ROOT,
         )
     assert ended.returncode != 0
     assert "this chain has failed" in (tmp_path / "output").read_text()
-    assert time.monotonic() - begin < 60  # else a process has waited for the other
 
 
 # --- on one process --------------------------------------------------------------------------

@@ -117,6 +117,7 @@ def test_finished_bank_of_the_small_digits_is_distilled_and_reported_on():
     check_distilled_agrees_with_its_bank(evaluate(run, *report))
 
 
+@pytest.mark.slow
 @pytest.mark.data
 @needs_data
 @pytest.mark.usefixtures("real_data")

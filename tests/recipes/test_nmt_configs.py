@@ -17,6 +17,7 @@ from lightning_revflip.reversible import RevGRU, RevLSTM
 from recipes.common.figures import ReversibleFigures
 from recipes.common.throughput import TokensPerSecond
 from recipes.nmt.figures import TranslationSamples
+from recipes.nmt.record import TranslationRecord
 from recipes.nmt.writer import TranslationWriter
 from tests.recipes.small_nmt import write_text
 
@@ -41,6 +42,7 @@ EVERY_RUN = {
     TokensPerSecond,
     ReversibleFigures,
     TranslationSamples,
+    TranslationRecord,
 }
 
 
@@ -221,6 +223,7 @@ def test_iwslt_size_trains_and_validates(fit, tmp_path, bits):
     assert trainer.model.encoder.num_layers == 2
 
 
+@pytest.mark.slow
 @pytest.mark.data
 @pytest.mark.skipif(not REAL, reason="needs REVFLIP_DATA")
 def test_paper_size_trains_on_the_real_text(fit):

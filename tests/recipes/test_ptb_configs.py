@@ -195,6 +195,7 @@ def test_configuration_trains_and_validates(monkeypatch, tmp_path, names):
     assert trainer.callback_metrics["val/perplexity"].isfinite()
 
 
+@pytest.mark.slow
 @pytest.mark.data
 @pytest.mark.skipif(not REAL, reason="needs REVFLIP_DATA")
 def test_paper_size_in_memory_mode_sequence_trains_on_the_real_text(monkeypatch, tmp_path):

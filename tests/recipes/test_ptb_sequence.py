@@ -351,6 +351,7 @@ def test_the_memory_monitor_sees_that_less_is_kept(tmp_path):
     assert kept["sequence"] < kept["plain"] / 20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_peak_memory_does_not_grow_with_the_window(training):
     """But for the information buffer, the window itself and, here, loss and state."""
@@ -374,6 +375,7 @@ def test_peak_memory_does_not_grow_with_the_window(training):
 # --- the real Penn Treebank ------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.data
 @pytest.mark.skipif(not REAL, reason="needs REVFLIP_DATA")
 def test_model_of_the_paper_reads_the_real_text_as_the_plain_one_does():

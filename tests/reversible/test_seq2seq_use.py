@@ -319,6 +319,7 @@ def test_the_graph_of_a_translation_keeps_slices_but_no_states_and_no_logits():
 # --- processes -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_two_processes_have_the_gradients_of_one(tmp_path):
     def start(rank: int, processes: int) -> subprocess.Popen[bytes]:
         command = ["-m", "tests.helpers.ddp_seq2seq", str(tmp_path), str(rank), str(processes)]

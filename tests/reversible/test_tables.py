@@ -1,7 +1,5 @@
 """Gradients added in place are those of plain torch, without memory of the size of the table."""
 
-import time
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,7 +8,6 @@ from hypothesis import strategies as st
 from torch import nn
 
 from benchmarks.measure import bytes_allocated
-from lightning_revflip.reversible.products import Products, onednn_available
 from lightning_revflip.reversible.tables import InPlaceGradients, cast, total_of
 from tests.helpers.passes import normal, relative_error
 from tests.helpers.properties import examples
@@ -429,44 +426,3 @@ def test_plain_torch_allocates_the_table():
     weight = leaf(WORDS, FEATURES)
     out = F.embedding(torch.arange(40), weight)
     assert bytes_allocated(lambda: torch.autograd.grad(out.sum(), [weight]))[1] >= TABLE_BYTES
-
-
-# --- products ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("onednn", [True, False])
-@pytest.mark.parametrize("total_dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize(
-    ("rows", "shape"), [(3, (1, 1)), (5, (70, 3)), (2, (9000, 300)), (9, (3, 7)), (1, (1300, 513))]
-)
-def test_products_accumulate_in_blocks(onednn, total_dtype, rows, shape):
-    if onednn and not onednn_available(torch.device("cpu"), torch.float32):
-        pytest.skip("this torch comes without oneDNN")
-    m, n = shape
-    total = normal(m, n).to(total_dtype)
-    grad, x = normal(rows, m + 8, seed=1)[:, 3 : 3 + m], normal(rows, n + 5, seed=2)[:, 5:]
-    truth = total.double() + grad.double().t() @ x.double()
-    Products(torch.float32, onednn).accumulate(total, grad, x)
-    assert relative_error(total, truth) <= 1e-6
-
-
-def test_products_of_columns_take_no_longer_than_of_whole_matrices():
-    products = Products(torch.float32, onednn_available(torch.device("cpu"), torch.float32))
-    total, grad, wide = torch.zeros(400, 325), normal(50, 400), normal(50, 650)
-
-    def seconds(x):
-        times = []
-        for _ in range(3):
-            begin = time.perf_counter()
-            products.accumulate(total, grad, x)
-            times.append(time.perf_counter() - begin)
-        return min(times)
-
-    assert seconds(wide[:, 325:]) < 20 * seconds(wide[:, 325:].contiguous())  # it was 1000 times
-
-
-def test_products_accumulate_in_low_precision():
-    total, grad, x = normal(9000, 300), normal(4, 9000, seed=1), normal(4, 300, seed=2)
-    truth = total + grad.t() @ x
-    Products(torch.bfloat16, False).accumulate(total, grad.bfloat16(), x.bfloat16())
-    assert relative_error(total, truth) <= 5e-3
