@@ -1,11 +1,10 @@
-"""Figures of generated networks against real samples, and loggers that take figures."""
+"""Figures of generated networks against real samples."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 import torch
-from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from torch import Tensor
 
 from lightning_revflip.posterior import Layout
@@ -67,19 +66,6 @@ def marginals_figure(real: Tensor, generated: Tensor, layout: Layout, panels: in
         axes.set_title(f"{name}, number {widest}", fontsize="small")
     places[0].legend()
     return figure
-
-
-def takes_figures(logger: Logger) -> bool:
-    """Whether `log_figure` reaches it."""
-    return isinstance(logger, WandbLogger | TensorBoardLogger)
-
-
-def log_figure(logger: Logger, name: str, figure: Figure, step: int) -> None:
-    """Give a figure to a logger that takes figures; other loggers are left alone."""
-    if isinstance(logger, WandbLogger):
-        logger.log_image(name, [figure], step=step)
-    elif isinstance(logger, TensorBoardLogger):
-        logger.experiment.add_figure(name, figure, step)
 
 
 def _panels(count: int) -> tuple[Figure, list[Axes]]:

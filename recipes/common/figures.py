@@ -1,4 +1,4 @@
-"""Figures of what the reversible layers store, for any logger that takes figures."""
+"""Figures of what the reversible layers store."""
 
 from __future__ import annotations
 
@@ -7,16 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from torch import Tensor, nn
 
+from lightning_revflip.callbacks.loggers import figure_loggers, log_figure
 from lightning_revflip.reversible import memory_report
 from lightning_revflip.reversible.report import LayerReport, Recorded
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-WITH_FIGURES = (WandbLogger, TensorBoardLogger)
 GATE_STEPS = 1024  # forget gates are multiples of 1 / GATE_STEPS
 
 
@@ -93,20 +92,12 @@ def ran_reversibly(module: nn.Module) -> bool:
     return any(isinstance(part, Recorded) and part.last_passes for part in module.modules())
 
 
-def log_figure(logger: Logger, name: str, figure: Figure, step: int) -> None:
-    """Give a figure to a logger that takes figures; other loggers are left alone."""
-    if isinstance(logger, WandbLogger):
-        logger.log_image(name, [figure], step=step)
-    elif isinstance(logger, TensorBoardLogger):
-        logger.experiment.add_figure(name, figure, step)
-
-
 class ReversibleFigures(Callback):
     """Logs what the reversible layers store: bits per layer, and a histogram of the forget gates.
 
     Draws `reversible/bits_per_layer` and `reversible/forget_gates` for WandbLogger and
     TensorBoardLogger, and does nothing with another logger or for a model without reversible
-    layers. Needs matplotlib.
+    layers. Without matplotlib there is a warning in place of figures.
 
     Args:
         every_n_steps: optimizer steps between two figures; the first is drawn at step 1.
@@ -123,8 +114,10 @@ class ReversibleFigures(Callback):
     ) -> None:
         step = trainer.global_step
         due = step % self.every_n_steps == 1 % self.every_n_steps and step != self._drawn_at
-        loggers = [log for log in trainer.loggers if isinstance(log, WITH_FIGURES)]
-        if not (due and loggers and trainer.is_global_zero and ran_reversibly(pl_module)):
+        if not (due and trainer.is_global_zero and ran_reversibly(pl_module)):
+            return
+        loggers = figure_loggers(trainer)
+        if not loggers:
             return
         self._drawn_at = step
         layers = memory_report(pl_module).layers

@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 
 class TokensPerSecond(Callback):
-    """Logs `tokens_per_second`: targets trained on by all processes, over the last few batches.
+    """Logs `train/tokens_per_second`: targets of all processes, over the last few batches.
 
     Time spent on validation does not count. The batch must have an attribute `targets`; where it
     has `target_lengths` as well, padding does not count.
@@ -37,4 +37,5 @@ class TokensPerSecond(Callback):
         if len(self._ends) > 1:
             (start, _), *_, (end, _) = self._ends
             tokens = sum(count for _, count in list(self._ends)[1:])
-            pl_module.log("tokens_per_second", tokens / (end - start), prog_bar=True, batch_size=1)
+            rate = tokens / (end - start)
+            pl_module.log("train/tokens_per_second", rate, prog_bar=True, batch_size=1)

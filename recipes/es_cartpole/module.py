@@ -76,6 +76,8 @@ class EvolvedPolicy(LightningModule):
 
         self._evaluation = make_environments(environment, eval_episodes)
         self._training: Any = None
+        self.fitness: Tensor | None = None
+        """Mean return of each member of the last generation, shape (population,)."""
         features, actions = sizes(self._evaluation)
         self.policy = make_policy([features, *hidden, actions])
         self.evolution = FlipoutES(self.policy, sigma, population, base_perturbations, seed=seed)
@@ -99,7 +101,7 @@ class EvolvedPolicy(LightningModule):
         with self.evolution.members(keep_draws=True):
             returns = episode_returns(self._training, self, seed)
         fitness = returns.view(-1, self.episodes).mean(1)
-        everyone = self.evolution.gradient(fitness.to(self.device))
+        self.fitness = everyone = self.evolution.gradient(fitness.to(self.device))
         optimizer = self.optimizers()
         assert isinstance(optimizer, LightningOptimizer)
         optimizer.step()

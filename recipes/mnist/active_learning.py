@@ -32,6 +32,7 @@ from lightning_revflip.applications import (
     Round,
 )
 from lightning_revflip.callbacks import SGLDSampler
+from lightning_revflip.callbacks.loggers import can_draw
 from lightning_revflip.posterior import SampleBank
 from recipes.mnist.batches import Batches, DividedSampler
 from recipes.mnist.data import HandwrittenDigits
@@ -102,6 +103,19 @@ def run(
     )
     if posterior == "dropout" and dropout == 0:
         raise ValueError("posterior 'dropout' needs a network with dropout: set it to 0.5, say.")
+    collected = max(0, steps - burn_in) // every_n_steps
+    if posterior == "apd" and not rank < collected:
+        raise ValueError(
+            f"rank={rank} needs more than {rank} samples, and a round collects {collected}: "
+            f"(steps={steps} - burn_in={burn_in}) / every_n_steps={every_n_steps}. Choose a "
+            "smaller rank, or collect more."
+        )
+    if posterior == "sgld" and num_samples > collected:
+        raise ValueError(
+            f"num_samples={num_samples} of sgld cannot be drawn from the {collected} that a round "
+            f"collects: (steps={steps} - burn_in={burn_in}) / every_n_steps={every_n_steps}. "
+            "Choose fewer, or collect more."
+        )
 
     def model() -> LightningModule:
         return Classifier(
@@ -163,8 +177,9 @@ def run(
         path=Path(folder) / "state.json",
     )
     learning.run(rounds, report=show)
-    figure = accuracy_figure({acquisition: [learning.rounds]})
-    figure.savefig(Path(folder) / "accuracy.png", dpi=100)
+    if can_draw():
+        figure = accuracy_figure({acquisition: [learning.rounds]})
+        figure.savefig(Path(folder) / "accuracy.png", dpi=100)
     return learning.rounds
 
 

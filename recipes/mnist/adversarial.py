@@ -10,8 +10,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from lightning_revflip.applications import AdversarialReport, Predictor, fgsm, pgd, under_attack
+from lightning_revflip.callbacks.loggers import can_draw, figure_loggers, log_figure
 from lightning_revflip.callbacks.run_folder import run_folder
-from recipes.common.figures import WITH_FIGURES, log_figure
 from recipes.mnist.anomaly import check_task, reports, write_tables
 from recipes.mnist.batches import Batch
 from recipes.mnist.data import HandwrittenDigits
@@ -31,7 +31,8 @@ class AdversarialAttack(Callback):
     **Logs** `attack/<source>/accuracy/<epsilon>`, `attack/<source>/nll/<epsilon>` and
     `attack/<source>/auroc/<score>/<epsilon>`, how well a score tells attacked images from the
     images as they were. All tables go to `adversarial.md` in the folder of the run, if it has a
-    logger, and to the console; and the figure `attack/accuracy` to loggers that take figures.
+    logger, and to the console; and the figure `attack/accuracy` to loggers that take figures, or
+    to `adversarial.png` beside the tables if there is none.
 
     With several processes the first one does all of this. Nothing is written to a checkpoint, and
     nothing happens in other stages, or with `fast_dev_run`.
@@ -186,10 +187,10 @@ def accuracy_figure(found: Mapping[str, AdversarialReport]) -> Figure:
 
 def draw_figure(trainer: Trainer, found: Mapping[str, AdversarialReport]) -> None:
     """Give the figure to the loggers that take some, or write it to the folder of the run."""
-    if not trainer.loggers:
+    if not trainer.loggers or not can_draw():
         return
     figure = accuracy_figure(found)
-    loggers = [logger for logger in trainer.loggers if isinstance(logger, WITH_FIGURES)]
+    loggers = figure_loggers(trainer)
     for logger in loggers:
         log_figure(logger, "attack/accuracy", figure, trainer.global_step)
     if not loggers:

@@ -7,14 +7,15 @@ from pathlib import Path
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
+from lightning_revflip.callbacks.loggers import log_artifact
 from lightning_revflip.modules import APDModule, SampleBankCodes
 
 
 class SaveDistilled(Callback):
     """Saves the `DistilledPosterior` of an `APDModule` when training ends.
 
-    What was saved there is replaced. Nothing is written to a checkpoint, and nothing happens with
-    `fast_dev_run`.
+    What was saved there is replaced. WandbLogger gets it as the artifact `distilled-<run>`. Nothing
+    is written to a checkpoint, and nothing happens with `fast_dev_run`.
 
     Args:
         dirpath: folder. None: `distilled` beside the bank, where `UncertaintyReport` and the
@@ -42,6 +43,8 @@ class SaveDistilled(Callback):
         assert isinstance(pl_module, APDModule)
         posterior, folder = pl_module.posterior(), self._folder(trainer)
         posterior.save(folder)
+        for logger in trainer.loggers:
+            log_artifact(logger, "distilled", "distilled-posterior", folder)
         rank_zero_info(f"SaveDistilled: {posterior!r}, {posterior.nbytes:,} bytes in {folder}")
 
     def _folder(self, trainer: Trainer) -> Path:

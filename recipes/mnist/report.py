@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import get_args
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.loggers import Logger
 from torch import Tensor
 
 from lightning_revflip.applications.predictors import in_batches
 from lightning_revflip.callbacks import SGLDSampler
+from lightning_revflip.callbacks.loggers import (
+    can_draw,
+    figure_loggers,
+    log_artifact,
+    log_figure,
+    log_table,
+)
 from lightning_revflip.callbacks.run_folder import run_folder
 from lightning_revflip.posterior import predictive_entropy
-from recipes.common.figures import WITH_FIGURES, log_figure
 from recipes.mnist.data import HandwrittenDigits
 from recipes.mnist.figures import entropy_figure, reliability, reliability_figure
 from recipes.mnist.module import Classifier
@@ -40,8 +45,9 @@ class UncertaintyReport(Callback):
 
     **Figures** `reliability` and `entropy`, under the same name, to WandbLogger and
     TensorBoardLogger; PNG files in the folder of the run if there is neither; none in a run without
-    a logger. WandbLogger also gets a bank as an artifact, and the table `posterior/diagnostics` if
-    an `SGLDSampler` of the same Trainer has diagnosed it. Needs matplotlib.
+    a logger, and none without matplotlib. The two loggers also get the table
+    `posterior/diagnostics` of a bank, if an `SGLDSampler` of the same Trainer has diagnosed it.
+    WandbLogger gets the bank, or what it was distilled to, as an artifact, see `upload`.
 
     With several processes the first one does all of this. Nothing is written to a checkpoint, and
     nothing happens in other stages, or with `fast_dev_run`.
@@ -54,7 +60,8 @@ class UncertaintyReport(Callback):
             evenly spread, or all if it has fewer.
         dirpath: folder of the bank, or folder or file of the `DistilledPosterior`; None: the bank
             of the `SGLDSampler` of the same Trainer, or `distilled` beside it.
-        upload_bank: whether WandbLogger gets the bank.
+        upload: whether WandbLogger gets the artifact `bank-<run>` of source `bank`, or
+            `distilled-<run>` of source `distilled`.
 
     Raises:
         ValueError: for arguments out of range or without effect; when a test starts, if there is
@@ -68,7 +75,7 @@ class UncertaintyReport(Callback):
         source: Source = "network",
         num_samples: int = 200,
         dirpath: str | None = None,
-        upload_bank: bool = True,
+        upload: bool = True,
     ) -> None:
         if source not in get_args(Source):
             *others, last = map(repr, get_args(Source))
@@ -81,7 +88,7 @@ class UncertaintyReport(Callback):
         self.source: Source = source
         self.num_samples = num_samples
         self.dirpath = dirpath
-        self.upload_bank = upload_bank
+        self.upload = upload
         self._sources = Sources(
             [source],
             num_samples,
@@ -123,13 +130,16 @@ class UncertaintyReport(Callback):
         draw_figures(trainer, what, probs, test.labels)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.source != "bank" or not self._reports(trainer):
+        if not self._reports(trainer):
             return
         for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger):
-                log_diagnostics(logger, sampler_of(trainer))
-                if self.upload_bank:
-                    log_bank(logger, self._sources.bank_path(trainer))
+            if self.source == "bank":
+                log_diagnostics(logger, sampler_of(trainer), trainer.global_step)
+            if self.upload and self.source == "bank":
+                log_artifact(logger, "bank", "sample-bank", self._sources.bank_path(trainer))
+            if self.upload and self.source == "distilled":
+                path = self._sources.distilled_path(trainer)
+                log_artifact(logger, "distilled", "distilled-posterior", path)
 
     def _reports(self, trainer: Trainer) -> bool:
         return trainer.is_global_zero and not trainer.fast_dev_run  # type: ignore[attr-defined]
@@ -144,14 +154,14 @@ def draw_figures(trainer: Trainer, what: str, probs: Mapping[str, Tensor], label
         probs: probabilities (networks, images, classes) of the `test` and, if any, the `outliers`.
         labels: of the test images.
     """
-    if not trainer.loggers:
+    if not trainer.loggers or not can_draw():
         return
     entropies = {name: predictive_entropy(each) for name, each in probs.items()}
     figures = {
         "reliability": reliability_figure(reliability(probs["test"].mean(0), labels)),
         "entropy": entropy_figure(entropies, classes=probs["test"].shape[-1]),
     }
-    loggers = [logger for logger in trainer.loggers if isinstance(logger, WITH_FIGURES)]
+    loggers = figure_loggers(trainer)
     for name, figure in figures.items():
         for logger in loggers:
             log_figure(logger, f"{what}/{name}", figure, trainer.global_step)
@@ -162,21 +172,12 @@ def draw_figures(trainer: Trainer, what: str, probs: Mapping[str, Tensor], label
             figure.savefig(path, dpi=150)
 
 
-def log_diagnostics(logger: WandbLogger, sampler: SGLDSampler | None) -> None:
-    """Give W&B a table of how well the chains have mixed, if that is known."""
+def log_diagnostics(logger: Logger, sampler: SGLDSampler | None, step: int) -> None:
+    """Give a logger a table of how well the chains have mixed, if that is known."""
     if sampler is None or sampler.mixing is None:
         return
     rows = [
         [space, *(getattr(found, name) for name in DIAGNOSTICS)]
         for space, found in sampler.mixing._asdict().items()
     ]
-    logger.log_table("posterior/diagnostics", ["space", *DIAGNOSTICS], rows)
-
-
-def log_bank(logger: WandbLogger, folder: Path) -> None:
-    """Give W&B a bank as an artifact of the run; offline it waits for `wandb sync`."""
-    import wandb
-
-    artifact = wandb.Artifact(f"bank-{logger.version}", type="sample-bank")
-    artifact.add_dir(str(folder))
-    logger.experiment.log_artifact(artifact)
+    log_table(logger, "posterior/diagnostics", ["space", *DIAGNOSTICS], rows, step)

@@ -87,7 +87,7 @@ class Sources:
         else:
             names += ["sample", "bank"]
         if self.distilled is not None or (
-            not self._has_no_bank(trainer) and self._distilled_path(trainer).exists()
+            not self._has_no_bank(trainer) and self.distilled_path(trainer).exists()
         ):
             names.append("distilled")
         return names
@@ -100,7 +100,7 @@ class Sources:
         # A network of its own, as SGLDSampler may have replaced the one under test by an ensemble.
         network = nn.Sequential(OrderedDict(network=model.new_network())).to(model.device)
         if source == "distilled":
-            posterior: Posterior = DistilledPosterior.load(self._distilled_path(trainer))
+            posterior: Posterior = DistilledPosterior.load(self.distilled_path(trainer))
             random = torch.Generator().manual_seed(self.seed)
             return PosteriorPredictor(posterior, network, self.num_samples, generator=random)
         bank = SampleBank(self.bank_path(trainer))
@@ -120,7 +120,8 @@ class Sources:
         assert sampler is not None
         return sampler.bank_folder(trainer)
 
-    def _distilled_path(self, trainer: Trainer) -> Path:
+    def distilled_path(self, trainer: Trainer) -> Path:
+        """The folder, or the file, of the `DistilledPosterior`."""
         if self.distilled is not None:
             return Path(self.distilled).expanduser()
         return self.bank_path(trainer).parent / "distilled"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
+from importlib.util import find_spec
 from itertools import repeat
 from typing import TYPE_CHECKING
 
@@ -20,9 +21,9 @@ from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
 from lightning_revflip.apd.offline import distil
+from lightning_revflip.callbacks.loggers import figure_loggers, log_artifact, log_figure
 from lightning_revflip.callbacks.run_folder import run_folder
 from lightning_revflip.posterior import LowRankGaussian, Posterior, SampleBank, predictive_entropy
-from recipes.common.figures import WITH_FIGURES, log_figure
 from recipes.mnist.batches import Batch
 from recipes.mnist.networks import mlp
 from recipes.mnist.sources import sampler_of
@@ -156,7 +157,8 @@ class PosteriorFigure(Callback):
     When training ends, a generator is trained on all samples and saved in `distilled` beside their
     bank. Then decision boundaries and predictive entropy are drawn for the samples, for networks
     of the generator and, as a rival of it, of a low-rank normal distribution: `posterior.png` in
-    the folder of the run, and `toy/posterior` in WandbLogger and TensorBoardLogger.
+    the folder of the run, and `toy/posterior` in WandbLogger and TensorBoardLogger. WandbLogger
+    also gets what was distilled, as the artifact `distilled-<run>`.
 
     **Logs** `toy/entropy_error_apd` and `toy/entropy_error_gaussian`: how far the predictive
     entropy is from that of the samples, mean over the plane, in nats. It is not 0 for other samples
@@ -176,6 +178,7 @@ class PosteriorFigure(Callback):
         ValueError: at the start of training, without an `SGLDSampler`; at its end, for a rank that
             is too large for the samples.
         TypeError: at the start of training, unless it is that of a `ToyClassifier` on `TwoMoons`.
+        ModuleNotFoundError: at the start of training, without matplotlib.
     """
 
     def __init__(
@@ -206,6 +209,11 @@ class PosteriorFigure(Callback):
                 "PosteriorFigure draws the samples of an SGLDSampler, and there is none among the "
                 "callbacks. Give one before it."
             )
+        if find_spec("matplotlib") is None:
+            raise ModuleNotFoundError(
+                "PosteriorFigure draws with matplotlib, which is not installed. Install it: "
+                "pip install matplotlib."
+            )
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
@@ -215,10 +223,13 @@ class PosteriorFigure(Callback):
         assert sampler is not None
         bank = SampleBank(sampler.bank_folder(trainer))
         distilled = distil(bank, self.rank, steps=self.steps, lr=self.lr, seed=self.seed)
-        distilled.save(bank.path.with_name("distilled"))
+        folder = bank.path.with_name("distilled")
+        distilled.save(folder)
+        for logger in trainer.loggers:
+            log_artifact(logger, "distilled", "distilled-posterior", folder)
         posteriors: dict[str, Posterior] = {
             "SGLD": bank,
-            "normal distribution": LowRankGaussian.fit(bank, self.gaussian_rank),
+            "normal distribution": LowRankGaussian.fit(bank, self.gaussian_rank, "diagonal"),
             "APD": distilled,
         }
         network = nn.Sequential(OrderedDict(network=pl_module.new_network()))
@@ -243,8 +254,8 @@ class PosteriorFigure(Callback):
         rank_zero_info(f"PosteriorFigure: {metrics}")
         for logger in trainer.loggers:
             logger.log_metrics(metrics, trainer.global_step)
-            if isinstance(logger, WITH_FIGURES):
-                log_figure(logger, "toy/posterior", figure, trainer.global_step)
+        for logger in figure_loggers(trainer):
+            log_figure(logger, "toy/posterior", figure, trainer.global_step)
         if trainer.loggers:
             path = run_folder(trainer) / "posterior.png"
             path.parent.mkdir(parents=True, exist_ok=True)

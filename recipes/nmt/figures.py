@@ -6,18 +6,16 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from torch import Tensor
 
-from recipes.common.figures import WITH_FIGURES, log_figure
+from lightning_revflip.callbacks.loggers import can_draw, log_figure, log_table, media_loggers
 from recipes.nmt.batches import Batch, select
 from recipes.nmt.data import ParallelText
 from recipes.nmt.module import Translator
+from recipes.nmt.record import COLUMNS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-COLUMNS = ["source", "translation", "reference"]
 
 
 def attention_figure(weights: Tensor, source: Sequence[str], target: Sequence[str]) -> Figure:
@@ -56,7 +54,7 @@ class TranslationSamples(Callback):
     After every validation, for WandbLogger and TensorBoardLogger: `nmt/translations` (a table, or
     text) and `nmt/attention` (a heat map). Does nothing with another logger. The sentences are
     always the first of the batch in the middle, which is neither of short sentences nor of long
-    ones. Needs matplotlib.
+    ones. Without matplotlib there is a warning in place of the heat map.
 
     Args:
         count: number of sentences.
@@ -76,7 +74,7 @@ class TranslationSamples(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        loggers = [logger for logger in trainer.loggers if isinstance(logger, WITH_FIGURES)]
+        loggers = media_loggers(trainer)
         data = trainer.datamodule  # type: ignore[attr-defined]
         middle = trainer.num_val_batches[dataloader_idx] // 2
         if batch_idx != middle or trainer.sanity_checking or not trainer.is_global_zero:
@@ -99,12 +97,7 @@ class TranslationSamples(Callback):
         ]
         source = [*data.source_tokenizer.tokenize(rows[0][0]), "<eos>"]
         for logger in loggers:
-            if isinstance(logger, WandbLogger):
-                logger.log_table("nmt/translations", COLUMNS, rows, step=trainer.global_step)
-            elif isinstance(logger, TensorBoardLogger):
-                escaped = [[cell.replace("|", "\\|") for cell in row] for row in rows]
-                text = "\n".join(" | ".join(row) for row in [COLUMNS, ["---"] * 3, *escaped])
-                logger.experiment.add_text("nmt/translations", text, trainer.global_step)
-            if words[0]:
+            log_table(logger, "nmt/translations", COLUMNS, rows, trainer.global_step)
+            if words[0] and can_draw():
                 figure = attention_figure(weights[0], source, words[0])
                 log_figure(logger, "nmt/attention", figure, trainer.global_step)

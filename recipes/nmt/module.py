@@ -322,8 +322,10 @@ class Translator(LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self._evaluate("val", self.val_scores, batch, beam_size=1)
 
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        self._evaluate("test", self.test_scores, batch, self.hparams["beam_size"])
+    def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
+        """Evaluate, and return the fields of `Translated`."""
+        texts = self._evaluate("test", self.test_scores, batch, self.hparams["beam_size"])
+        return Translated(batch.lines, texts)._asdict()
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Translated:
         """Translate lines; an unknown word becomes the source word that it attended to most."""
@@ -343,14 +345,16 @@ class Translator(LightningModule):
         texts = [data.target_tokenizer.detokenize(tokens) for tokens in words]
         return [text if source else "" for text, source in zip(texts, sources, strict=True)]
 
-    def _evaluate(self, split: str, scores: Scores, batch: Batch, beam_size: int) -> None:
+    def _evaluate(self, split: str, scores: Scores, batch: Batch, beam_size: int) -> list[str]:
+        """Update and log the scores, and return the translations."""
         data, size = self._data(), len(batch.lines)
         vocabulary, tokenizer = data.target_vocabulary, data.target_tokenizer
         found = [vocabulary.decode(t.tokens) for t in self.translate(batch, beam_size)]
         references = [data.references(split)[line] for line in batch.lines]
         wanted = [tokenizer.tokenize(reference) for reference in references]
         scores.perplexity.update(self.negative_log_likelihood(batch), sum(batch.target_lengths))
-        scores.bleu.update([tokenizer.detokenize(tokens) for tokens in found], references)
+        texts = [tokenizer.detokenize(tokens) for tokens in found]
+        scores.bleu.update(texts, references)
         joined = ([" ".join(tokens) for tokens in side] for side in (found, wanted))
         scores.bleu_tokenized.update(*joined)
         scores.exact_match.update(
@@ -359,6 +363,7 @@ class Translator(LightningModule):
         for name, score in scores.named_children():
             on_bar = name in ("perplexity", "bleu")
             self.log(f"{split}/{name}", score, on_epoch=True, prog_bar=on_bar, batch_size=size)  # type: ignore[arg-type]
+        return texts
 
     def _data(self) -> ParallelText:
         data = getattr(self.trainer, "datamodule", None)

@@ -11,10 +11,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 
 class Translated(NamedTuple):
-    """What `predict_step` returns.
+    """What `predict_step` returns, and `test_step` as a dict.
 
     Attributes:
-        lines: places of the sentences in the data module's `input_lines`, counted from 0.
+        lines: places of the sentences in the data module's `input_lines`, or in the text of the
+            test, counted from 0.
         texts: their translations.
     """
 
@@ -114,7 +115,7 @@ class TranslationWriter(Callback):
             self._write(trainer)
 
     def _write(self, trainer: Trainer) -> None:
-        texts = in_order(_of_all_processes(self._collected), self._expected)
+        texts = in_order(of_all_processes(self._collected), self._expected)
         self._written = True
         if not trainer.is_global_zero:
             return
@@ -170,7 +171,8 @@ def write_atomically(path: Path, content: str) -> None:
         part.unlink(missing_ok=True)
 
 
-def _of_all_processes(translations: list[tuple[int, str]]) -> list[tuple[int, str]]:
+def of_all_processes(translations: list[tuple[int, str]]) -> list[tuple[int, str]]:
+    """What all processes have translated, in each of them."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return translations
     parts: list[Any] = [None] * torch.distributed.get_world_size()

@@ -4,8 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
-from matplotlib.figure import Figure
+from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 
 from lightning_revflip.reversible import RevGRU, RevLSTM, memory_report
@@ -14,10 +13,10 @@ from recipes.common.figures import (
     bits_figure,
     gate_shares,
     gates_figure,
-    log_figure,
 )
 from recipes.common.perplexity import Perplexity
 from recipes.common.throughput import TokensPerSecond
+from tests.helpers.loggers import RecordingWandb
 
 
 def test_perplexity_weights_batches_by_their_tokens():
@@ -62,41 +61,11 @@ def test_bins_that_do_not_fit_are_rejected():
         gate_shares(torch.zeros(1025), 10)
 
 
-class RecordingWandb(WandbLogger):
-    """A WandbLogger that keeps its images and never starts wandb."""
-
-    def __init__(self):
-        self.logged = []
-
-    def log_image(self, key, images, step=None, **kwargs):
-        self.logged.append((key, step, [type(image) for image in images]))
-
-
-class RecordingTensorBoard(TensorBoardLogger):
-    """A TensorBoardLogger without TensorBoard."""
-
-    def __init__(self):
-        self.logged = []
-
-    @property
-    def experiment(self):
-        return SimpleNamespace(
-            add_figure=lambda name, figure, step: self.logged.append((name, step, [type(figure)]))
-        )
-
-
-def test_figures_go_to_the_loggers_that_take_them(tmp_path):
-    for logger in (RecordingWandb(), RecordingTensorBoard()):
-        log_figure(logger, "a", Figure(), step=3)
-        assert logger.logged == [("a", 3, [Figure])]
-    log_figure(CSVLogger(tmp_path), "a", Figure(), step=3)
-
-
 def drawn_steps(callback: ReversibleFigures, module: nn.Module, loggers: list, steps: list) -> set:
     for step in steps:
         trainer = SimpleNamespace(loggers=loggers, global_step=step, is_global_zero=True)
         callback.on_train_batch_end(trainer, module, None, None, 0)
-    return {step for logger in loggers for _, step, _ in getattr(logger, "logged", [])}
+    return {step for logger in loggers for _, step, _ in getattr(logger, "figures", [])}
 
 
 def test_callback_draws_at_the_first_step_and_then_regularly_once_each():
@@ -106,7 +75,7 @@ def test_callback_draws_at_the_first_step_and_then_regularly_once_each():
     steps = [0, 1, 1, 2, 3, 4, 4, 5, 6, 7]  # a step repeats where gradients are accumulated
     assert drawn_steps(ReversibleFigures(3), rnn, [logger], steps) == {1, 4, 7}
     names = ["reversible/bits_per_layer", "reversible/forget_gates"]
-    assert [name for name, *_ in logger.logged] == names * 3
+    assert [name for name, *_ in logger.figures] == names * 3
 
 
 def test_callback_leaves_ordinary_models_and_other_loggers_alone(tmp_path):

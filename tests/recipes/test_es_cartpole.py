@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch.demos.boring_classes import BoringModel
 
 import recipes
 from lightning_revflip.cli import RevflipCLI
+from tests.helpers.loggers import RecordingWandb
 from tests.helpers.models import quiet_trainer
 
 gymnasium = pytest.importorskip("gymnasium")
@@ -18,6 +20,7 @@ from recipes.es_cartpole.environment import (  # noqa: E402
     make_environments,
     sizes,
 )
+from recipes.es_cartpole.figures import ReturnsFigure  # noqa: E402
 from recipes.es_cartpole.module import EvolvedPolicy  # noqa: E402
 
 CONFIGS = Path(recipes.__path__[0]) / "es_cartpole" / "configs"
@@ -103,6 +106,21 @@ def test_configuration_trains_and_is_tested_from_its_checkpoint(monkeypatch, tmp
     args = ["test", f"--config={folder / 'config.yaml'}", "--trainer.logger=false"]
     tested = RevflipCLI([*args, f"--ckpt_path={folder / 'checkpoints' / 'last.ckpt'}"]).trainer
     assert tested.callback_metrics["test/return"] > 0
+
+
+def test_figure_shows_the_returns_of_the_last_generation(tmp_path):
+    logger, policy = RecordingWandb(tmp_path), small()
+    trainer = quiet_trainer(tmp_path, logger=logger, callbacks=[ReturnsFigure()], max_epochs=2)
+    trainer.fit(policy, Generations(per_epoch=1))
+    assert [entry[:2] for entry in logger.figures] == [("evolution/returns", s) for s in (1, 2)]
+    (axes,) = logger.figures[1][2][0].axes
+    assert sum(bar.get_height() for bar in axes.patches) == 16
+    edges = [bar.get_x() for bar in axes.patches]
+    assert edges[0] == pytest.approx(float(policy.fitness.min()), abs=1)
+    returned = float(trainer.callback_metrics["val/return"])
+    assert axes.lines[0].get_xdata()[0] == pytest.approx(returned)
+    with pytest.raises(TypeError, match="an EvolvedPolicy, got BoringModel"):
+        ReturnsFigure().on_validation_end(trainer, BoringModel())
 
 
 def test_bad_input_is_refused(monkeypatch):

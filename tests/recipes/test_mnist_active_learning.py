@@ -73,6 +73,21 @@ def test_command_runs_the_configuration_and_goes_on(tmp_path, monkeypatch, capsy
     assert "30 labels: accuracy validation " in printed[1]
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"posterior": "apd", "rank": 10}, "rank=10 needs more than 10 samples.*collects 10"),
+        ({"posterior": "sgld", "num_samples": 11}, "num_samples=11.*the 10 that a round collects"),
+        ({"posterior": "apd", "steps": 10}, "a round collects 0"),
+    ],
+    ids=["rank", "samples", "none"],
+)
+def test_more_than_a_round_collects_is_reported_before_training(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        run(digits(), **FEW | settings, folder=str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
 def test_dropout_that_there_is_not_is_reported_before_training(tmp_path):
     with pytest.raises(ValueError, match="needs a network with dropout"):
         run(digits(), "dropout", folder=str(tmp_path / "run"))

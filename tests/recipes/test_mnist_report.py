@@ -5,14 +5,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-import wandb
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.demos.boring_classes import BoringModel
-from lightning.pytorch.loggers import CSVLogger, WandbLogger
+from lightning.pytorch.loggers import CSVLogger
 from matplotlib.figure import Figure
 from scipy.stats import entropy
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
@@ -23,6 +21,7 @@ from recipes.mnist.data import HandwrittenDigits
 from recipes.mnist.module import Classifier
 from recipes.mnist.report import UncertaintyReport
 from recipes.mnist.uncertainty import summary
+from tests.helpers.loggers import RecordingWandb
 
 REAL = os.environ.get("REVFLIP_DATA")
 SCORES = ["predictive_entropy", "max_probability", "mutual_information", "variation_ratio"]
@@ -205,29 +204,6 @@ def test_letters_are_told_from_real_digits(tmp_path):
 # --- figures and files -----------------------------------------------------------------------
 
 
-class RecordingWandb(WandbLogger):
-    """A WandbLogger that keeps images, tables and artifacts and never starts wandb."""
-
-    save_dir = property(lambda self: self.folder)
-    name, version = "project", "x1"
-
-    def __init__(self, folder):
-        self.folder = folder
-        self.images, self.tables, self.artifacts = {}, {}, []
-
-    @property
-    def experiment(self):
-        return SimpleNamespace(log_artifact=self.artifacts.append)
-
-    def log_image(self, key, images, step=None, **kwargs):
-        self.images[key] = images
-
-    def log_table(self, key, columns=None, data=None, step=None, **kwargs):
-        self.tables[key] = columns, data
-
-    log_metrics = log_hyperparams = finalize = lambda self, *args, **kwargs: None
-
-
 @pytest.mark.parametrize("chains", [1, 2])
 @pytest.mark.parametrize("order", [1, -1], ids=["sampler-first", "report-first"])
 def test_wandb_gets_figures_the_diagnostics_and_the_bank(tmp_path, chains, order):
@@ -241,7 +217,7 @@ def test_wandb_gets_figures_the_diagnostics_and_the_bank(tmp_path, chains, order
     data = HandwrittenDigits(source="digits", batch_size=100)
     trainer = quiet_trainer(tmp_path, *callbacks, logger=logger, max_epochs=3)
     trainer.fit(model, data)
-    assert logger.images == {}
+    assert logger.figures == []
     (found,) = trainer.test(model, data, verbose=False)
 
     draws = (36 - 10) // 2
@@ -249,9 +225,11 @@ def test_wandb_gets_figures_the_diagnostics_and_the_bank(tmp_path, chains, order
     # The callback's own ensemble is of as many samples.
     assert found["posterior/accuracy"] == pytest.approx(found["test/accuracy"], abs=0.02)
     assert found["posterior/nll"] == pytest.approx(found["test/nll"], rel=0.05)
-    assert set(logger.images) == {"posterior/reliability", "posterior/entropy"}
-    assert all(type(figure) is Figure for (figure,) in logger.images.values())
-    columns, rows = logger.tables["posterior/diagnostics"]
+    names = [name for name, *_ in logger.figures]
+    assert names == ["posterior/reliability", "posterior/entropy"]
+    assert all(type(figure) is Figure for *_, (figure,) in logger.figures)
+    ((name, _, columns, rows),) = logger.tables
+    assert name == "posterior/diagnostics"
     cells = {row[0]: dict(zip(columns, row, strict=True)) for row in rows}
     assert set(cells) == {"weights", "function"}
     for space, numbers in cells.items():
@@ -268,11 +246,11 @@ def test_wandb_gets_figures_the_diagnostics_and_the_bank(tmp_path, chains, order
 def test_bank_need_not_be_uploaded(tmp_path, trained):
     folder = write_bank(tmp_path / "bank", trained, {0: perturbed_rows(trained, 5, 0)})
     logger = RecordingWandb(tmp_path)
-    report = UncertaintyReport("bank", dirpath=str(folder), upload_bank=False)
+    report = UncertaintyReport("bank", dirpath=str(folder), upload=False)
     report_of(tmp_path, trained, report, logger=logger)
-    assert logger.images
+    assert logger.figures
     assert logger.artifacts == []
-    assert logger.tables == {}  # nobody has diagnosed the bank
+    assert logger.tables == []  # nobody has diagnosed the bank
 
 
 def test_other_loggers_get_files_in_the_folder_of_the_run(tmp_path, trained):
@@ -284,21 +262,6 @@ def test_other_loggers_get_files_in_the_folder_of_the_run(tmp_path, trained):
 def test_run_without_a_logger_leaves_no_files(tmp_path, trained):
     report_of(tmp_path, trained, UncertaintyReport())
     assert list(tmp_path.iterdir()) == []
-
-
-def test_bank_and_figures_are_logged_to_wandb_offline(tmp_path, trained, monkeypatch):
-    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
-    folder = write_bank(tmp_path / "bank", trained, {0: perturbed_rows(trained, 5, 0)})
-    logger = WandbLogger(project="test", save_dir=tmp_path, offline=True)
-    found = report_of(
-        tmp_path, trained, UncertaintyReport("bank", dirpath=str(folder)), logger=logger
-    )
-    logged = dict(logger.experiment.summary)
-    wandb.finish()  # so that a later test in this process begins a run of its own
-    wandb.teardown()
-    assert logged["posterior/accuracy"] == pytest.approx(found["posterior/accuracy"])
-    files = {path.name for path in (tmp_path / "wandb").rglob("*.*")}
-    assert any(name.startswith("reliability") and name.endswith(".png") for name in files)
 
 
 # --- errors ----------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.demos.boring_classes import BoringModel
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import CSVLogger
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch.nn.utils import parameters_to_vector
@@ -16,6 +16,7 @@ from recipes.nmt.batches import collate, select
 from recipes.nmt.data import ParallelText
 from recipes.nmt.figures import TranslationSamples, attention_figure
 from recipes.nmt.vocabulary import END
+from tests.helpers.loggers import RecordingTensorBoard, RecordingWandb
 from tests.recipes.small_nmt import quiet_trainer, random_pairs, small_model, write_text
 
 # --- the parts -------------------------------------------------------------------------------
@@ -56,43 +57,6 @@ def test_selected_sentences_are_a_batch_of_their_own(count):
 # --- the callback ----------------------------------------------------------------------------
 
 
-class RecordingWandb(WandbLogger):
-    """A WandbLogger that keeps tables and images and never starts wandb."""
-
-    def __init__(self):
-        self.logged = []
-
-    def log_table(self, key, columns=None, data=None, step=None, **kwargs):
-        self.logged.append((key, step, columns, data))
-
-    def log_image(self, key, images, step=None, **kwargs):
-        self.logged.append((key, step, images))
-
-    def log_metrics(self, metrics, step=None):
-        pass
-
-    log_hyperparams = after_save_checkpoint = finalize = lambda self, *args, **kwargs: None
-    save_dir = name = version = None
-
-
-class RecordingTensorBoard(TensorBoardLogger):
-    """A TensorBoardLogger without TensorBoard."""
-
-    def __init__(self):
-        self.logged = []
-
-    @property
-    def experiment(self):
-        return SimpleNamespace(
-            add_text=lambda name, text, step: self.logged.append((name, step, text)),
-            add_figure=lambda name, figure, step: self.logged.append((name, step, [figure])),
-        )
-
-    log_metrics = log_hyperparams = log_graph = save = finalize = lambda self, *args, **kwargs: None
-    after_save_checkpoint = log_metrics
-    save_dir = name = version = log_dir = root_dir = None
-
-
 @pytest.fixture
 def data(tmp_path) -> ParallelText:
     return ParallelText(**write_text(tmp_path), batch_size=8, eval_batch_size=4)
@@ -125,11 +89,11 @@ def fit(tmp_path, data, memory="plain", loggers=(), count=3, **kwargs):
 def test_translations_and_attention_are_logged_after_every_validation(tmp_path, data, memory):
     wandb, tensorboard = RecordingWandb(), RecordingTensorBoard()
     model = fit(tmp_path, data, memory, [wandb, tensorboard])
-    names = ["nmt/translations", "nmt/attention"]
+    for texts in (wandb.tables, tensorboard.texts):
+        assert [entry[:2] for entry in texts] == [("nmt/translations", 2), ("nmt/translations", 4)]
     for logger in (wandb, tensorboard):
-        assert [entry[:2] for entry in logger.logged] == [
-            (n, step) for step in (2, 4) for n in names
-        ]
+        figures = [entry[:2] for entry in logger.figures]
+        assert figures == [("nmt/attention", 2), ("nmt/attention", 4)]
 
     # What the trained model says now, after the last validation.
     batch = middle_batch(data)
@@ -140,14 +104,14 @@ def test_translations_and_attention_are_logged_after_every_validation(tmp_path, 
         [sources[line], tokenizer.detokenize(vocabulary.decode(one.tokens)), references[line]]
         for line, one in list(zip(batch.lines, found, strict=True))[:3]
     ]
-    _, _, columns, rows = wandb.logged[2]
+    _, _, columns, rows = wandb.tables[1]
     assert columns == ["source", "translation", "reference"]
     assert rows == expected
-    table = [line.split(" | ") for line in tensorboard.logged[2][2].split("\n")]
+    table = [line.split(" | ") for line in tensorboard.texts[1][2].split("\n")]
     assert table == [columns, ["---"] * 3, *expected]
 
     for logger in (wandb, tensorboard):
-        (figure,) = logger.logged[3][2]
+        (figure,) = logger.figures[1][2]
         assert type(figure) is Figure
         (axes,) = figure.axes
         words = sources[batch.lines[0]].split()
@@ -167,14 +131,15 @@ def test_an_empty_translation_has_no_attention(tmp_path, data):
 
     wandb = RecordingWandb()
     fit(tmp_path, data, loggers=[wandb], callbacks=[Silent()])
-    assert [entry[0] for entry in wandb.logged] == ["nmt/translations"] * 2
-    assert [row[1] for row in wandb.logged[0][3]] == [""] * 3
+    assert wandb.figures == []
+    assert len(wandb.tables) == 2
+    assert [row[1] for row in wandb.tables[0][3]] == [""] * 3
 
 
 def test_fewer_sentences_than_asked_for_are_all_there_are(tmp_path, data):
     wandb = RecordingWandb()
     fit(tmp_path, data, loggers=[wandb], count=100)
-    assert len(wandb.logged[0][3]) == len(middle_batch(data).lines)
+    assert len(wandb.tables[0][3]) == len(middle_batch(data).lines)
 
 
 def test_training_is_the_same_with_and_without_samples(tmp_path, data):

@@ -1,20 +1,17 @@
-"""The translation recipe from the command line: fit, validate, test, predict, go on, loggers."""
+"""The translation recipe from the command line: fit, validate, test, predict, go on."""
 
 import csv
-import json
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-import wandb
 import yaml
 
 import recipes
 from lightning_revflip.cli import main
 from lightning_revflip.convert import load_from_checkpoint
 from recipes.nmt.batches import Pair, collate
-from recipes.nmt.data import ParallelText
 from recipes.nmt.module import Translator
 from recipes.nmt.tokenization import Tokenizer
 from recipes.nmt.vocabulary import UNKNOWN, Vocabulary
@@ -101,7 +98,7 @@ def test_fit_then_validate_and_test_from_its_own_config(run, tmp_path):
     for name in ("train/loss", "train/perplexity", "train/lr", "val/perplexity"):
         assert fitted[name] > 0
     assert {f"val/{name}" for name in scores} <= set(fitted)
-    assert fitted["tokens_per_second"] > 0
+    assert fitted["train/tokens_per_second"] > 0
     assert 0 < fitted["reversible/bits_per_unit_step"] <= 3
     assert fitted["memory/saved_for_backward_bytes"] > 0
 
@@ -279,31 +276,6 @@ def test_without_a_path_nothing_but_translations_is_printed(run, tmp_path, capfd
     capfd.readouterr()
     predict(run, "--data.input=in.txt")
     assert capfd.readouterr().out == (tmp_path / "out.txt").read_text(encoding="utf-8")
-
-
-# --- loggers ---------------------------------------------------------------------------------
-
-
-def test_fit_logs_attention_and_translations_to_wandb_offline(tmp_path):
-    configs = ("base", "small", "lstm", "emb20h", "rev3")
-    revflip("fit", *TINY, "--trainer.max_epochs=1", "--data.max_train_pairs=64", configs=configs)
-    wandb.finish()  # so that a later test in this process begins a run of its own
-    wandb.teardown()  # waits until W&B's own process has written its file
-    (folder,) = (tmp_path / "runs" / "wandb").glob("offline-run-*")
-    images = {path.name.rsplit("_", 2)[0] for path in folder.rglob("*.png")}
-    assert images == {"attention", "bits_per_layer", "forget_gates"}
-    (path,) = folder.rglob("translations*.table.json")
-    table = json.loads(path.read_text())
-    assert table["columns"] == ["source", "translation", "reference"]
-    assert len(table["data"]) == 8
-    data = ParallelText(source="numbers")
-    pairs = {tuple(pair) for pair in zip(*data.corpus.read("val"), strict=True)}
-    assert {(source, reference) for source, _, reference in table["data"]} <= pairs
-    recorded = next(folder.glob("*.wandb")).read_bytes()
-    names = (b"val/perplexity", b"val/bleu", b"val/exact_match", b"reversible/savings", b"versions")
-    assert [name for name in names if name not in recorded] == []
-    (config,) = (tmp_path / "runs" / "revflip-nmt").glob("*/config.yaml")
-    assert (config.parent / "checkpoints" / "last.ckpt").exists()
 
 
 # --- it learns -------------------------------------------------------------------------------
