@@ -93,7 +93,7 @@ def candidates(
     """All that are fitted to a bank. Of the same rank they take about the same bytes."""
     yield Candidate("diagonal Gaussian", partial(DiagonalGaussian.fit, bank))
     for rank in ranks:
-        low_rank = partial(LowRankGaussian.fit, bank, rank, dtype=torch.float16)
+        low_rank = partial(LowRankGaussian.fit, bank, rank, "diagonal", dtype=torch.float16)
         yield Candidate("low-rank Gaussian", low_rank, rank)
         bare = partial(LowRankGaussian.fit, bank, rank, None, dtype=torch.float16)
         yield Candidate("low-rank Gaussian, no residual", bare, rank)

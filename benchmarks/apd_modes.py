@@ -125,7 +125,9 @@ def draw(case: Case, method: str, seed: int) -> Drawn:
         numbers = fitted.means_.size + fitted.covariances_.size + fitted.weights_.size
         return codec.decode(torch.from_numpy(codes), random), codec.nbytes + 4 * numbers
     fits: dict[str, Callable[[], LowRankGaussian | DistilledPosterior]] = {
-        "low-rank Gaussian": partial(LowRankGaussian.fit, case, case.rank, dtype=torch.float16),
+        "low-rank Gaussian": partial(
+            LowRankGaussian.fit, case, case.rank, "diagonal", dtype=torch.float16
+        ),
         "APD": partial(distil, case, case.rank, seed=seed),
         "APD, no skip": partial(distil, case, case.rank, seed=seed, skip=False),
     }

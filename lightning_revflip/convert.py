@@ -208,6 +208,29 @@ def recorded_spec(module: nn.Module) -> ConversionSpec:
     return vars(module).get(_RECORD, ConversionSpec())  # type: ignore[no-any-return]
 
 
+def spec_of_checkpoint(checkpoint: Mapping[str, Any]) -> ConversionSpec:
+    """Everything that callbacks had converted when a Lightning checkpoint was written.
+
+    With `apply_spec` it makes the model that the weights belong to, also where Lightning is not
+    installed; `load_from_checkpoint` does both.
+
+    Args:
+        checkpoint: what `torch.load(path, weights_only=True)` returns.
+
+    Example:
+        >>> checkpoint = torch.load("model.ckpt", weights_only=True)  # doctest: +SKIP
+        >>> apply_spec(network, spec_of_checkpoint(checkpoint))  # doctest: +SKIP
+        >>> network.load_state_dict(checkpoint["state_dict"])  # doctest: +SKIP
+    """
+    found: list[Conversion] = []
+    for state in checkpoint.get("callbacks", {}).values():
+        if isinstance(state, Mapping) and SPEC_KEY in state:
+            # A callback records what others before it have converted as well.
+            conversions = ConversionSpec.from_dict(state[SPEC_KEY]).conversions
+            found += [each for each in conversions if each not in found]
+    return ConversionSpec(found)
+
+
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -230,9 +253,7 @@ def load_from_checkpoint(cls: type[M], path: str | Path | IO[bytes], **kwargs: A
 
     # Lightning calls this after `configure_model` and before it loads the weights.
     def convert_first(self: Any, checkpoint: dict[str, Any]) -> None:
-        for state in checkpoint.get("callbacks", {}).values():
-            if isinstance(state, Mapping) and SPEC_KEY in state:
-                apply_spec(self, ConversionSpec.from_dict(state[SPEC_KEY]))
+        apply_spec(self, spec_of_checkpoint(checkpoint))
         original(self, checkpoint)
 
     # A subclass with this hook would be simpler, but Lightning blocks checkpoints of its CLI, which

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from lightning_revflip.flipout.layer import Estimator, PerturbedLayer
@@ -23,15 +24,41 @@ class _FlipoutReversible(PerturbedLayer, ReversibleRNNBase):
 
     def __init__(
         self,
-        *args: Any,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        *,
+        max_forget_bits: float | None = 3.0,
+        chunk_steps: int | None = None,
+        forget_bias: float = 0.0,
+        proj_size: int = 0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
         perturbation: Perturbation | None = None,
         estimator: Estimator = "flipout",
         base_perturbations: int = 1,
         perturbed: Sequence[str] = ("weight_hh",),
-        **kwargs: Any,
     ) -> None:
         self._check_limits(base_perturbations, perturbed)
-        super().__init__(*args, **kwargs)
+        super().__init__(
+            input_size,
+            hidden_size,
+            num_layers,
+            bias,
+            batch_first,
+            dropout,
+            bidirectional,
+            max_forget_bits=max_forget_bits,
+            chunk_steps=chunk_steps,
+            forget_bias=forget_bias,
+            proj_size=proj_size,
+            device=device,
+            dtype=dtype,
+        )
         self._perturb(perturbation, estimator, base_perturbations)
 
     @classmethod
@@ -100,8 +127,19 @@ class FlipoutRevLSTM(_FlipoutReversible, RevLSTM):
     own for each sequence in place of one mask per batch.
 
     Args:
-        args: arguments of RevLSTM.
-        kwargs: the same by name.
+        input_size: as for RevLSTM.
+        hidden_size: as for RevLSTM.
+        num_layers: as for RevLSTM.
+        bias: as for RevLSTM.
+        batch_first: as for RevLSTM.
+        dropout: as for RevLSTM.
+        bidirectional: as for RevLSTM.
+        max_forget_bits: as for RevLSTM.
+        chunk_steps: as for RevLSTM.
+        forget_bias: as for RevLSTM.
+        proj_size: only 0, as for RevLSTM.
+        device: of the parameters.
+        dtype: of the parameters.
         perturbation: how the recurrent weights are perturbed; by default `Gaussian()`.
         estimator: `flipout` or `shared`.
         base_perturbations: only 1; present because FlipoutLSTM has it.
@@ -111,7 +149,6 @@ class FlipoutRevLSTM(_FlipoutReversible, RevLSTM):
         ValueError: for settings that do not fit together.
 
     Example:
-        >>> import torch
         >>> from lightning_revflip.flipout import DropConnect
         >>> rnn = FlipoutRevLSTM(8, 16, perturbation=DropConnect())
         >>> output, (h_n, c_n) = rnn(torch.randn(70, 4, 8))

@@ -14,6 +14,7 @@ from lightning_revflip.convert import (
     convert,
     load_from_checkpoint,
     recorded_spec,
+    spec_of_checkpoint,
 )
 from lightning_revflip.reversible import RevGRU, RevLSTM
 from tests.helpers.models import LateTagger, Tagger, loader, quiet_trainer
@@ -231,6 +232,22 @@ def test_a_checkpoint_of_a_converted_model_loads_into_the_plain_class(
     for name, value in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], value), name
     assert torch.equal(loaded(torch.arange(6)[None]), model(torch.arange(6)[None]))
+
+
+def test_the_spec_of_a_checkpoint_has_what_all_callbacks_converted_once(tmp_path) -> None:
+    from lightning_revflip.callbacks import Flipout, ReversibleRNN
+
+    model = Tagger()
+    trainer = quiet_trainer(tmp_path, callbacks=[ReversibleRNN(), Flipout()])
+    trainer.fit(model, loader())
+    trainer.save_checkpoint(tmp_path / "model.ckpt")
+    checkpoint = torch.load(tmp_path / "model.ckpt", weights_only=True)
+    spec, fresh = spec_of_checkpoint(checkpoint), Tagger()
+    apply_spec(fresh, spec)
+    fresh.load_state_dict(checkpoint["state_dict"])
+    assert spec == recorded_spec(model)
+    assert str(fresh) == str(model)
+    assert spec_of_checkpoint({"state_dict": {}}) == ConversionSpec()
 
 
 def test_a_checkpoint_of_the_command_line_loads(tmp_path) -> None:

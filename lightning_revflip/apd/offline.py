@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from itertools import islice
+from os import PathLike
 
 import torch
 
@@ -11,11 +12,12 @@ from lightning_revflip.apd.codec import Codec, IdentityCodec, ParameterCodec, en
 from lightning_revflip.apd.distilled import DistilledPosterior
 from lightning_revflip.apd.networks import Critic, Generator
 from lightning_revflip.apd.train import Adversaries, random_batches
+from lightning_revflip.posterior.bank import SampleBank
 from lightning_revflip.posterior.moments import Rows
 
 
 def distil(
-    bank: Rows,
+    bank: Rows | str | PathLike[str],
     rank: int | None = 20,
     *,
     steps: int = 8000,
@@ -34,7 +36,7 @@ def distil(
     For logs, checkpoints and held-out samples train an `APDModule` instead.
 
     Args:
-        bank: samples, such as a `SampleBank`.
+        bank: samples, such as a `SampleBank`, or the folder of a bank.
         rank: of the `ParameterCodec`; None: the weights themselves are the codes, as in the paper.
         steps: of the generator; 0 leaves it as it was made.
         seconds: stop earlier, after this time; the codec is fitted before.
@@ -50,13 +52,15 @@ def distil(
 
     Raises:
         ValueError: for a rank out of range, negative steps, and samples that are not finite.
+        FileNotFoundError: for a folder that is not there.
 
     Example:
-        >>> bank = SampleBank("runs/mnist/bank")  # doctest: +SKIP
-        >>> distil(bank, rank=20).export("mnist.safetensors")  # doctest: +SKIP
+        >>> distil("runs/mnist/bank", rank=20).export("mnist.safetensors")  # doctest: +SKIP
     """
     if steps < 0:
         raise ValueError(f"steps must be at least 0, got {steps}.")
+    if isinstance(bank, str | PathLike):
+        bank = SampleBank(bank)
     codec: Codec = IdentityCodec.fit(bank) if rank is None else ParameterCodec.fit(bank, rank)
     skip = rank is not None if skip is None else skip
     codes = encode_all(codec, bank)

@@ -1,6 +1,6 @@
 """What a posterior over weights is for: anomalies, attacks, and which labels to ask for."""
 
-from lightning_revflip.applications.acquisition import ACQUISITIONS, batch_bald
+from lightning_revflip.applications.acquisition import ACQUISITIONS, batch_bald, by_score
 from lightning_revflip.applications.active_learning import ActiveLearning, Round
 from lightning_revflip.applications.adversarial import AdversarialReport, UnderAttack, under_attack
 from lightning_revflip.applications.anomaly import (
@@ -37,6 +37,7 @@ __all__ = [
     "UnderAttack",
     "anomaly_scores",
     "batch_bald",
+    "by_score",
     "detect_anomalies",
     "detection",
     "fgsm",

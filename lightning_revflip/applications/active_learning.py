@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lightning_revflip.applications.acquisition import ACQUISITIONS, Acquisition
 from lightning_revflip.applications.pool import Pool
+from lightning_revflip.applications.predictors import check_predictor
 from lightning_revflip.posterior.files import write_file
 
 Predictive = Callable[[Tensor], Tensor]
@@ -173,7 +174,9 @@ class ActiveLearning:
         """One round: train, measure, label.
 
         Raises:
-            ValueError: before anything is trained, if the pool runs out.
+            ValueError: before anything is trained, if the pool runs out; afterwards, for
+                predictions of another shape.
+            TypeError: if `train` returns something that does not predict.
         """
         self.pool.check_remaining(self.labels_per_round)
         generator = torch.Generator().manual_seed((self.seed << 20) + len(self.rounds))
@@ -215,8 +218,15 @@ class ActiveLearning:
 
     def _predict(self, predict: Predictive, inputs: Tensor) -> Tensor:
         """Probabilities on the CPU, shape (samples, examples, classes)."""
-        parts = torch.split(inputs, self.batch_size)
-        return torch.cat([predict(part).cpu() for part in parts], dim=1)
+        _check_predicts(predict)
+        parts = [predict(part) for part in torch.split(inputs, self.batch_size)]
+        if any(part.dim() != 3 for part in parts):
+            raise ValueError(
+                "what `train` returns must predict probabilities of the shape (samples, examples, "
+                f"classes), got {tuple(parts[0].shape)}. A network makes a "
+                "NetworkPredictor(network)."
+            )
+        return torch.cat([part.cpu() for part in parts], dim=1)
 
     # --- state -------------------------------------------------------------------------------
 
@@ -266,6 +276,12 @@ class ActiveLearning:
         for each in rounds:
             self.pool.label(each.acquired)
         self.rounds = rounds
+
+
+def _check_predicts(trained: object) -> None:
+    """Raise for what cannot predict without more, such as a bank of samples."""
+    if not callable(trained):
+        check_predictor(trained, "what `train` returns")
 
 
 def _checksum(*tensors: Tensor) -> int:

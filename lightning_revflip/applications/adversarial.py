@@ -10,7 +10,12 @@ from torch import Tensor
 
 from lightning_revflip.applications.anomaly import detection
 from lightning_revflip.applications.attacks import Attack, fgsm
-from lightning_revflip.applications.predictors import Predictor, batches, device_of
+from lightning_revflip.applications.predictors import (
+    Predictor,
+    batches,
+    check_predictor,
+    device_of,
+)
 from lightning_revflip.applications.tables import markdown_table
 
 
@@ -98,6 +103,7 @@ def under_attack(
     Raises:
         ValueError: for no inputs or epsilons, different numbers of inputs and labels, and as the
             attack.
+        TypeError: for a victim or source that is no predictor.
 
     Example:
         >>> from lightning_revflip.applications import NetworkPredictor, under_attack
@@ -106,6 +112,9 @@ def under_attack(
         >>> report.rows[0].auroc["predictive_entropy"], report.rows[1].nll > report.rows[0].nll
         (0.5, True)
     """
+    check_predictor(victim, "victim")
+    if source is not None:
+        check_predictor(source, "source")
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
     if len(inputs) == 0 or len(inputs) != len(labels) or not epsilons:

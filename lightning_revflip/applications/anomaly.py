@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_revflip.applications.predictors import Predictor, in_batches
+from lightning_revflip.applications.predictors import Predictor, check_predictor, in_batches
 from lightning_revflip.applications.tables import markdown_table
 from lightning_revflip.metrics import OutOfDistributionDetection
 from lightning_revflip.posterior.uncertainty import (
@@ -148,6 +148,7 @@ def detect_anomalies(
     Raises:
         ValueError: for sizes below 1, a scale that is not positive, anomalies in another shape, or
             none.
+        TypeError: for what is no predictor.
 
     Example:
         >>> from lightning_revflip.applications import NetworkPredictor, detect_anomalies
@@ -156,6 +157,7 @@ def detect_anomalies(
         >>> sorted(report.detections["n"]), report.sizes
         (['max_probability', 'predictive_entropy'], {'n': 50})
     """
+    check_predictor(predict, "predict")
     if size < 1 or batch_size < 1:
         raise ValueError(f"size and batch_size must be at least 1, got {size} and {batch_size}.")
     if not 0 < scale < float("inf"):

@@ -11,7 +11,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from lightning_revflip.applications.predictors import Predictor
+from lightning_revflip.applications.predictors import Predictor, check_predictor
 
 Norm = Literal["linf", "l2"]
 Range = tuple[float, float]
@@ -61,7 +61,9 @@ def fgsm(
     Raises:
         ValueError: for an epsilon or inputs outside of the data range, and a gradient that is not
             finite.
+        TypeError: for what is no predictor.
     """
+    check_predictor(predictor, "predictor")
     _check_inputs(inputs, epsilon, norm, data_range)
     direction = _direction(predictor, inputs, labels, norm, targeted)
     return (inputs + epsilon * direction).clamp(*data_range)
@@ -110,7 +112,9 @@ def pgd(
     Raises:
         ValueError: for an epsilon or inputs outside of the data range, sizes that make no sense,
             and a gradient that is not finite.
+        TypeError: for what is no predictor.
     """
+    check_predictor(predictor, "predictor")
     _check_inputs(inputs, epsilon, norm, data_range)
     for name, value in {"steps": steps, "restarts": restarts}.items():
         if value < 1:

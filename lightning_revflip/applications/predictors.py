@@ -30,6 +30,12 @@ class Predictor(ABC):
     """
 
     def __init__(self, module: nn.Module) -> None:
+        if not isinstance(module, nn.Module):
+            raise TypeError(
+                f"{type(self).__name__} computes with an nn.Module, got a {type(module).__name__}. "
+                "Give the network; a posterior and its network make a "
+                "PosteriorPredictor(posterior, network)."
+            )
         self.module = module
 
     @abstractmethod
@@ -169,6 +175,7 @@ class PosteriorPredictor(Predictor):
 
     Raises:
         ValueError: for n or chunk_size below 1, and samples of another architecture.
+        TypeError: for what is no posterior, or no module.
     """
 
     def __init__(
@@ -181,6 +188,12 @@ class PosteriorPredictor(Predictor):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__(module)
+        if not isinstance(posterior, Posterior):
+            raise TypeError(
+                "PosteriorPredictor takes a Posterior and then its network, got a "
+                f"{type(posterior).__name__} first. Samples on the disk are read by "
+                "SampleBank(path), a distilled posterior by DistilledPosterior.load(path)."
+            )
         for name, value in {"n": n, "chunk_size": chunk_size}.items():
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}.")
@@ -222,6 +235,34 @@ class PosteriorPredictor(Predictor):
                     self.chunk_size = 1
             singles = ({name: value[i] for name, value in chunk.items()} for i in range(count))
             return torch.stack([one(sample) for sample in singles])
+
+
+def check_predictor(value: object, name: str) -> None:
+    """Raise unless this is a predictor, and say how one is made.
+
+    Args:
+        value: what a function got.
+        name: of its argument.
+
+    Raises:
+        TypeError: naming the predictor that was probably meant.
+    """
+    if isinstance(value, Predictor):
+        return
+    if isinstance(value, Posterior):
+        advice = "Give PosteriorPredictor(posterior, network), with the network that was sampled."
+    elif isinstance(value, nn.Module):
+        advice = (
+            "Give NetworkPredictor(network) for the network as it is, DropoutPredictor(network, "
+            "passes) for Monte Carlo dropout, or PosteriorPredictor(posterior, network) for "
+            "samples of its weights."
+        )
+    else:
+        advice = (
+            "Give a NetworkPredictor, DropoutPredictor, PosteriorPredictor, or a subclass of "
+            "Predictor of your own."
+        )
+    raise TypeError(f"{name} must be a Predictor, got a {type(value).__name__}. {advice}")
 
 
 def in_batches(predict: Predictor, inputs: Tensor, batch_size: int) -> Tensor:

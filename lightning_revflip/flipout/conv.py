@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -11,6 +12,9 @@ from lightning_revflip.flipout.layer import Estimator, PerturbedLayer
 from lightning_revflip.flipout.linear_maps import Convolution
 from lightning_revflip.flipout.perturbations import Perturbation
 from lightning_revflip.flipout.perturbed import perturbed_map
+
+Size = int | tuple[int, ...]
+"""One number for all dimensions of space, or one for each."""
 
 
 def padded_input(conv: nn.modules.conv._ConvNd, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
@@ -26,13 +30,26 @@ class _FlipoutConv(PerturbedLayer, nn.modules.conv._ConvNd):
 
     def __init__(
         self,
-        *args: Any,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Size,
+        stride: Size = 1,
+        padding: str | Size = 0,
+        dilation: Size = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
         perturbation: Perturbation | None = None,
         estimator: Estimator = "flipout",
         base_perturbations: int = 1,
-        **kwargs: Any,
     ) -> None:
-        super().__init__(*args, **kwargs)
+        options: Any = (padding, dilation, groups, bias, padding_mode, device, dtype)
+        # nn.Conv1d to nn.Conv3d take fewer arguments than nn.modules.conv._ConvNd.
+        plain: Any = super().__init__
+        plain(in_channels, out_channels, kernel_size, stride, *options)
         self._perturb(perturbation, estimator, base_perturbations)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -67,8 +84,17 @@ class FlipoutConv2d(_FlipoutConv, nn.Conv2d):
     of weights everywhere (Wen et al., 2018, arXiv 1803.04386). The bias is not perturbed.
 
     Args:
-        args: arguments of nn.Conv2d.
-        kwargs: the same by name.
+        in_channels: as for nn.Conv2d.
+        out_channels: as for nn.Conv2d.
+        kernel_size: as for nn.Conv2d.
+        stride: as for nn.Conv2d.
+        padding: as for nn.Conv2d.
+        dilation: as for nn.Conv2d.
+        groups: as for nn.Conv2d.
+        bias: as for nn.Conv2d.
+        padding_mode: as for nn.Conv2d.
+        device: of the parameters.
+        dtype: of the parameters.
         perturbation: how weights are perturbed; by default `Gaussian()`.
         estimator: `flipout` or `shared`.
         base_perturbations: how many independent dW a batch gets.
@@ -77,7 +103,6 @@ class FlipoutConv2d(_FlipoutConv, nn.Conv2d):
         ValueError: for settings that do not fit together, such as local reparameterization.
 
     Example:
-        >>> import torch
         >>> layer = FlipoutConv2d(3, 16, kernel_size=3, padding=1)
         >>> layer(torch.randn(8, 3, 32, 32)).shape
         torch.Size([8, 16, 32, 32])

@@ -21,9 +21,15 @@ class FlipoutEmbedding(PerturbedLayer, nn.Embedding):
     words that occur only. The row of `padding_idx` is not perturbed; `kl` counts it as any other.
 
     Args:
-        args: arguments of nn.Embedding; not supported are `max_norm`, `scale_grad_by_freq` and
-            `sparse`.
-        kwargs: the same by name.
+        num_embeddings: as for nn.Embedding.
+        embedding_dim: as for nn.Embedding.
+        padding_idx: as for nn.Embedding.
+        max_norm: only None; present because nn.Embedding has it.
+        norm_type: of `max_norm`.
+        scale_grad_by_freq: only False, likewise.
+        sparse: only False, likewise.
+        device: of the parameters.
+        dtype: of the parameters.
         perturbation: how weights are perturbed; by default `Gaussian()`.
         estimator: `flipout` or `shared`.
         base_perturbations: how many independent dW a batch gets.
@@ -42,14 +48,36 @@ class FlipoutEmbedding(PerturbedLayer, nn.Embedding):
 
     def __init__(
         self,
-        *args: Any,
+        num_embeddings: int,
+        embedding_dim: int,
+        padding_idx: int | None = None,
+        max_norm: float | None = None,
+        norm_type: float = 2.0,
+        scale_grad_by_freq: bool = False,
+        sparse: bool = False,
+        _weight: Tensor | None = None,
+        _freeze: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
         perturbation: Perturbation | None = None,
         estimator: Estimator = "flipout",
         base_perturbations: int = 1,
         example_dim: int = 0,
-        **kwargs: Any,
     ) -> None:
-        super().__init__(*args, **kwargs)
+        super().__init__(
+            num_embeddings,
+            embedding_dim,
+            padding_idx,
+            max_norm,
+            norm_type,
+            scale_grad_by_freq,
+            sparse,
+            _weight,
+            _freeze,
+            device,
+            dtype,
+        )
         _check_supported(self)
         self._configure(example_dim)
         self._perturb(perturbation, estimator, base_perturbations)

@@ -33,14 +33,26 @@ class _FlipoutRNN(PerturbedLayer, nn.RNNBase):
 
     def __init__(
         self,
-        *args: Any,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        proj_size: int = 0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
         perturbation: Perturbation | None = None,
         estimator: Estimator = "flipout",
         base_perturbations: int = 1,
         perturbed: Sequence[str] = _KINDS,
-        **kwargs: Any,
     ) -> None:
-        super().__init__(*args, **kwargs)
+        options: Any = (batch_first, dropout, bidirectional, proj_size, device, dtype)
+        # nn.LSTM and nn.GRU name the mode themselves, which nn.RNNBase takes first.
+        plain: Any = super().__init__
+        plain(input_size, hidden_size, num_layers, bias, *options)
         self.names_to_perturb(self, perturbed)
         self._configure(perturbed)
         self._perturb(perturbation, estimator, base_perturbations)
@@ -240,8 +252,16 @@ class FlipoutLSTM(_FlipoutRNN, nn.LSTM):
     with mean weights.
 
     Args:
-        args: arguments of nn.LSTM, without a projection.
-        kwargs: the same by name.
+        input_size: as for nn.LSTM.
+        hidden_size: as for nn.LSTM.
+        num_layers: as for nn.LSTM.
+        bias: as for nn.LSTM.
+        batch_first: as for nn.LSTM.
+        dropout: as for nn.LSTM.
+        bidirectional: as for nn.LSTM.
+        proj_size: only 0; present because nn.LSTM has it.
+        device: of the parameters.
+        dtype: of the parameters.
         perturbation: how weights are perturbed; by default `Gaussian()`.
         estimator: `flipout` or `shared`.
         base_perturbations: how many independent dW a batch gets.

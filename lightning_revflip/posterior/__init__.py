@@ -9,6 +9,7 @@ from lightning_revflip.posterior.bank import SampleBank
 from lightning_revflip.posterior.buffers import reestimate_buffers
 from lightning_revflip.posterior.gaussian import DiagonalGaussian, LowRankGaussian
 from lightning_revflip.posterior.layout import Layout, Parameters
+from lightning_revflip.posterior.moments import Rows
 from lightning_revflip.posterior.predict import predict
 from lightning_revflip.posterior.protocol import Posterior
 from lightning_revflip.posterior.uncertainty import (
@@ -27,6 +28,7 @@ __all__ = [
     "LowRankGaussian",
     "Parameters",
     "Posterior",
+    "Rows",
     "SampleBank",
     "expected_entropy",
     "max_probability",

@@ -217,7 +217,7 @@ class LowRankGaussian(_Gaussian):
         cls,
         bank: Rows,
         rank: int,
-        residual: Literal["diagonal"] | None = "diagonal",
+        residual: Literal["diagonal"] | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> Self:
         """Fit the leading principal components, reading the samples in chunks.
@@ -228,9 +228,12 @@ class LowRankGaussian(_Gaussian):
         Args:
             bank: samples, such as a `SampleBank`.
             rank: number of components, from 1 to K - 1.
-            residual: `diagonal` also keeps what the components leave out of the variance of each
-                parameter, which then is that of the samples. None: samples lie in the space of the
-                components; with rank K - 1 they have exactly the covariance of the samples.
+            residual: None: samples lie in the space of the components; with rank K - 1 they have
+                exactly the covariance of the samples. `diagonal` also keeps what the components
+                leave out of the variance of each parameter, which then is that of the samples.
+                That noise is independent in each parameter, as it is not in the samples: networks
+                drawn with it had a worse likelihood than those without where both were measured
+                (`benchmarks/results/apd.json`).
             dtype: in which the components are kept, in memory and on disk; float16 halves them.
 
         Raises:

@@ -112,7 +112,7 @@ class Cell(ABC, Generic[Gates]):
         self.half = hidden_size // 2
         self.max_forget_bits = max_forget_bits
         self.forgets = max_forget_bits != 0
-        self.fixed_point = FixedPoint(self._fraction_bits)
+        self.fixed_point = FixedPoint(self.fraction_bits)
         self.floor = 0.0 if max_forget_bits is None else 2.0**-max_forget_bits
         """Lower limit of a forget gate before rounding."""
         self.lowest = lowest_gate(max_forget_bits)
@@ -127,7 +127,8 @@ class Cell(ABC, Generic[Gates]):
 
     @property
     @abstractmethod
-    def _fraction_bits(self) -> int: ...
+    def fraction_bits(self) -> int:
+        """Binary digits of a state after the point; 31 less them are left for its size."""
 
     @property
     def storage(self) -> Storage:
@@ -261,7 +262,7 @@ class RevGRUCell(Cell[GRUGates]):
         return 3
 
     @property
-    def _fraction_bits(self) -> int:
+    def fraction_bits(self) -> int:
         return 23 if self.forgets else 20
 
     @property
@@ -342,7 +343,7 @@ class RevLSTMCell(Cell[LSTMGates]):
         return 5 if self.forgets else 3
 
     @property
-    def _fraction_bits(self) -> int:
+    def fraction_bits(self) -> int:
         return 20
 
     @property

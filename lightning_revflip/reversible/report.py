@@ -10,8 +10,9 @@ from lightning_revflip.reversible.allocator import allocated_bytes
 from lightning_revflip.reversible.buffer import information_bits, stored_bits
 from lightning_revflip.reversible.cells import Cell
 
-_KEPT_FLOATS = {"cpu": {"RevGRU": 7, "RevLSTM": 15}, "other": {"RevGRU": 4, "RevLSTM": 5}}
-"""Floats per hidden unit and step that nn.GRU and nn.LSTM keep beside input and output.
+_KEPT_FLOATS = {"cpu": {1: 7, 2: 15}, "other": {1: 4, 2: 5}}
+"""Floats per hidden unit and step that nn.GRU (one state, h) and nn.LSTM (two, c and h) keep beside
+input and output.
 
 On a CPU as counted in torch 2.13 (a test compares with the profiler). Elsewhere a lower bound:
 the gates and the cell state, without which no implementation can differentiate.
@@ -88,7 +89,7 @@ class LayerReport:
         cell = last.cell
         unit_steps = last.rows * cell.hidden_size * cell.states
         counts = last.gate_counts.cpu()
-        floats = _KEPT_FLOATS.get(last.device_type, _KEPT_FLOATS["other"])[cell.name]
+        floats = _KEPT_FLOATS.get(last.device_type, _KEPT_FLOATS["other"])[cell.states]
         final_state = 4 * last.batch * cell.hidden_size * cell.states
         segment_states = 8 * final_state * (last.segments - 1)
         stored = stored_bits(last.words, last.buffer_states) + segment_states if last.stored else 0

@@ -59,7 +59,7 @@ class RevGRU(ReversibleRNNBase, nn.GRU):
 
     unsupported: ClassVar[tuple[type[nn.Module], ...]] = (nn.RNN, nn.RNNCell, nn.GRUCell)
 
-    def _make_cell(self) -> Cell[Any]:
+    def make_cell(self) -> Cell[Any]:
         return RevGRUCell(self.hidden_size, self.max_forget_bits)
 
     def forward(  # type: ignore[override]
@@ -103,7 +103,7 @@ class RevLSTM(ReversibleRNNBase, nn.LSTM):
 
     unsupported: ClassVar[tuple[type[nn.Module], ...]] = (nn.RNN, nn.RNNCell, nn.LSTMCell)
 
-    def _make_cell(self) -> Cell[Any]:
+    def make_cell(self) -> Cell[Any]:
         return RevLSTMCell(self.hidden_size, self.max_forget_bits)
 
     def forward(  # type: ignore[override]

@@ -81,7 +81,7 @@ class ReversibleRNNBase(nn.RNNBase):
         self.max_forget_bits = max_forget_bits
         self.chunk_steps = chunk_steps
         self.forget_bias = forget_bias
-        self.cell = self._make_cell()
+        self.cell = self.make_cell()
         self.mode = self.cell.name
         self.last_passes: dict[str, Pass] = {}
         """What each layer and direction stored in the last call, for `memory_report`."""
@@ -128,7 +128,8 @@ class ReversibleRNNBase(nn.RNNBase):
         )
 
     @abstractmethod
-    def _make_cell(self) -> Cell[Any]: ...
+    def make_cell(self) -> Cell[Any]:
+        """The cell of all layers; `hidden_size` and `max_forget_bits` are set when it is made."""
 
     def _layers(self) -> list[tuple[int, str]]:
         """Layer number and parameter suffix of each layer and direction."""

@@ -3,7 +3,7 @@
 Knows tensors only; the Lightning face is `lightning_revflip.callbacks.SGLDSampler`.
 """
 
-from lightning_revflip.sgld.base import LangevinOptimizer
+from lightning_revflip.sgld.base import LangevinOptimizer, Moving
 from lightning_revflip.sgld.chains import ParallelChains, log_mean_softmax
 from lightning_revflip.sgld.optimizers import PSGLD, SGHMC, SGLD
 from lightning_revflip.sgld.schedules import CyclicalSchedule, PolynomialSchedule
@@ -14,6 +14,7 @@ __all__ = [
     "SGLD",
     "CyclicalSchedule",
     "LangevinOptimizer",
+    "Moving",
     "ParallelChains",
     "PolynomialSchedule",
     "log_mean_softmax",

@@ -158,7 +158,7 @@ class LangevinOptimizer(Optimizer):
             moving = [each for each in group["params"] if each.grad is not None]
             for kind in dict.fromkeys((each.dtype, each.device) for each in moving):
                 params = [each for each in moving if (each.dtype, each.device) == kind]
-                self._update(self._gather(group, params))
+                self.update(self._gather(group, params))
         return loss
 
     def _gather(self, group: dict[str, Any], params: list[Tensor]) -> Moving:
@@ -188,8 +188,12 @@ class LangevinOptimizer(Optimizer):
         return state
 
     @abstractmethod
-    def _update(self, moving: Moving) -> None:
-        """Change parameters and states by one step."""
+    def update(self, moving: Moving) -> None:
+        """Change parameters and states of some parameters by one step; a sampler defines this.
+
+        Args:
+            moving: what to move, and what by; `moving.noise()` draws.
+        """
 
     # --- state -------------------------------------------------------------------------------
 

@@ -24,7 +24,7 @@ class SGLD(LangevinOptimizer):
     noise counts lr N / (4 T) times its variance. Both vanish with lr.
     """
 
-    def _update(self, moving: Moving) -> None:
+    def update(self, moving: Moving) -> None:
         group = moving.group
         drift = float(group["lr"]) / 2
         decay = group["prior_precision"] / group["num_data"]
@@ -100,7 +100,7 @@ class PSGLD(LangevinOptimizer):
             )
         super().add_param_group(param_group)
 
-    def _update(self, moving: Moving) -> None:
+    def update(self, moving: Moving) -> None:
         group = moving.group
         smoothing, stabilizer = group["smoothing"], group["stabilizer"]
         drift = float(group["lr"]) / 2
@@ -190,7 +190,7 @@ class SGHMC(LangevinOptimizer):
         check_share("friction", group["friction"], zero=False, one=True)
         super().add_param_group(param_group)
 
-    def _update(self, moving: Moving) -> None:
+    def update(self, moving: Moving) -> None:
         group = moving.group
         lr, kept = float(group["lr"]), 1 - group["friction"]
         decay = group["prior_precision"] / group["num_data"]

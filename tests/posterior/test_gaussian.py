@@ -54,7 +54,7 @@ def test_components_are_the_right_singular_vectors(samples):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_marginal_variances_are_those_of_the_samples(dtype):
-    gaussian = LowRankGaussian.fit(RowSamples(ROWS), rank=4, dtype=dtype)
+    gaussian = LowRankGaussian.fit(RowSamples(ROWS), 4, "diagonal", dtype=dtype)
     expected = EXACT.var(0, ddof=1)
     # Rounding a component may put its own variance above that of the samples, where no residual
     # can take it away again; bfloat16 has 8 bits.
@@ -64,7 +64,7 @@ def test_marginal_variances_are_those_of_the_samples(dtype):
 
 def test_all_components_alone_are_the_covariance_of_the_samples():
     few = ROWS[:8]  # fewer samples than parameters
-    gaussian = LowRankGaussian.fit(RowSamples(few, 3), rank=7, residual=None)
+    gaussian = LowRankGaussian.fit(RowSamples(few, 3), rank=7)
     expected = numpy.cov(few.double().numpy(), rowvar=False)
     numpy.testing.assert_allclose(covariance(gaussian), expected, atol=1e-5 * expected.max())
 
@@ -190,9 +190,9 @@ def test_no_samples_and_empty_chunks_are_refused():
 
 FITTED = {
     "diagonal": lambda: DiagonalGaussian.fit(RowSamples(ROWS)),
-    "low_rank": lambda: LowRankGaussian.fit(RowSamples(ROWS), 3),
-    "float16": lambda: LowRankGaussian.fit(RowSamples(ROWS), 3, dtype=torch.float16),
-    "no_residual": lambda: LowRankGaussian.fit(RowSamples(ROWS), 3, residual=None),
+    "low_rank": lambda: LowRankGaussian.fit(RowSamples(ROWS), 3, "diagonal"),
+    "float16": lambda: LowRankGaussian.fit(RowSamples(ROWS), 3, "diagonal", torch.float16),
+    "no_residual": lambda: LowRankGaussian.fit(RowSamples(ROWS), 3),
 }
 
 
