@@ -13,7 +13,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 LOG := $(VENV)/install.log
 
-.PHONY: help install demo test test-slow lint docs bench clean
+.PHONY: help install demo test test-slow matrix lint docs bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -32,14 +32,19 @@ test: $(STAMP) ## run the fast tests and the doctests
 test-slow: $(STAMP) ## run the slow tests
 	@$(BIN)/python -m pytest -m "slow and not gpu" --timeout 1800 $(PYTEST_ARGS) || [ $$? -eq 5 ]
 
+matrix: $(STAMP) ## try every callback with what Lightning users combine it with, and note the results
+	@OMP_NUM_THREADS=1 REVFLIP_MATRIX=1 $(BIN)/python -m pytest tests/compatibility \
+	    -n $(WORKERS) --timeout 1800 $(PYTEST_ARGS)
+
 lint: $(STAMP) ## check style, types and the direction of imports
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
 
-docs: $(STAMP) ## build the documentation into site/, offline
-	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+docs: $(STAMP) ## build the documentation into site/, offline, and check it in a browser
+	@OMP_NUM_THREADS=1 NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tools.check_site
 
 bench: $(STAMP) ## measure layers and models against those of torch, and checkpointing
 	@$(BIN)/python -m benchmarks.reversible_layer

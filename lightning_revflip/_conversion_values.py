@@ -89,6 +89,27 @@ def imported(name: str) -> Any:
     return target
 
 
+def check_replacement(name: str) -> None:
+    """Raise unless an importable name that a file holds is that of a class made to replace layers.
+
+    Other things that can be called with a module might do anything: `timeit.timeit` runs the code
+    in its argument `setup`.
+
+    Raises:
+        ValueError: if it is something else, or nothing.
+    """
+    rule = imported(name)
+    if not (
+        isinstance(rule, type) and (hasattr(rule, "from_standard") or hasattr(rule, "upgrade"))
+    ):
+        raise ValueError(
+            f"the checkpoint names {name} as a replacement, which is not a class with "
+            "`from_standard` or `upgrade` and is not called. If it is a function of yours, call "
+            "`convert` with it before you load the weights, or make it the static method "
+            "`from_standard` of a class."
+        )
+
+
 def _is_config(value: Any) -> bool:
     return (
         isinstance(value, dict)

@@ -1,8 +1,9 @@
 """C sources that are compiled with the system's compiler on first use, and called by ctypes.
 
 A library is kept in `$XDG_CACHE_HOME/lightning_revflip` (by default below `~/.cache`), under a name
-that holds source, shared headers, flags, compiler and processor. Where there is no compiler, or
-with `REVFLIP_NATIVE=0`, callers fall back on torch.
+that holds source, shared headers, flags, compiler and processor. Only a library that no other user
+can have put there is loaded. Where there is no compiler, or with `REVFLIP_NATIVE=0`, callers fall
+back on torch.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import os
 import platform
 import shlex
 import shutil
+import stat
 import subprocess
 import tempfile
 import warnings
@@ -27,6 +29,7 @@ ARRAY, SIZE = ctypes.c_void_p, ctypes.c_int64
 FLOAT, DOUBLE = ctypes.c_float, ctypes.c_double
 
 _HEADERS = Path(__file__).parent
+_WRITABLE_BY_OTHERS = 0 if os.name == "nt" else stat.S_IWGRP | stat.S_IWOTH
 _FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 
 
@@ -78,7 +81,7 @@ class NativeLibrary:
         except (OSError, RuntimeError, subprocess.SubprocessError) as error:
             warnings.warn(
                 f"{self._without} run by torch calls alone, which is slower on a CPU: {error}. "
-                "Install a C compiler, or set REVFLIP_NATIVE=0 to accept this.",
+                "Set REVFLIP_NATIVE=0 to accept this.",
                 stacklevel=2,
             )
             return None
@@ -92,7 +95,10 @@ class NativeLibrary:
         """Path of the library, which is compiled if it is not there yet."""
         compiler = shlex.split(os.environ.get("CC") or "cc")
         if shutil.which(compiler[0]) is None:
-            raise OSError(f"no C compiler found ({compiler[0]}; the variable CC names another)")
+            raise OSError(
+                f"no C compiler found ({compiler[0]}). Install a C compiler, or name one in the "
+                "variable CC"
+            )
         version = subprocess.run(
             [*compiler, "--version"], capture_output=True, check=True, timeout=60
         ).stdout
@@ -100,19 +106,49 @@ class NativeLibrary:
         sources = [self._source, *sorted(_HEADERS.glob("*.h"))]
         parts = (*(each.read_bytes() for each in sources), flags, version, _processor().encode())
         key = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        folder = cache / "lightning_revflip"
+        folder = _private_folder()
         target = folder / f"{self._source.stem}-{key}.so"
-        if not target.exists():
-            folder.mkdir(parents=True, exist_ok=True)
+        if not _is_usable(target):
             # Processes that start together each compile their own copy; the last rename wins.
             with tempfile.TemporaryDirectory(dir=folder) as scratch:
                 output = Path(scratch) / target.name
                 command = [*compiler, *self._flags, f"-I{_HEADERS}"]
                 command += ["-o", str(output), str(self._source), "-lm"]
                 subprocess.run(command, capture_output=True, check=True, timeout=120)
+                output.chmod(0o700)
                 output.replace(target)
         return target
+
+
+def _private_folder() -> Path:
+    """The folder of the libraries, in which no other user can put or replace one."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = cache / "lightning_revflip"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    status = folder.stat()
+    if not _is_trusted(status.st_uid):
+        raise OSError(
+            f"{folder} belongs to another user, who could replace the code in it. Name a folder of "
+            "your own in the variable XDG_CACHE_HOME"
+        )
+    if status.st_mode & _WRITABLE_BY_OTHERS:
+        folder.chmod(stat.S_IMODE(status.st_mode) & ~_WRITABLE_BY_OTHERS)
+    return folder
+
+
+def _is_usable(library: Path) -> bool:
+    """Whether there is such a file, and no other user can have written it."""
+    try:
+        status = library.lstat()  # a link may lead anywhere, and is replaced
+    except FileNotFoundError:
+        return False
+    private = not status.st_mode & _WRITABLE_BY_OTHERS
+    return stat.S_ISREG(status.st_mode) and private and _is_trusted(status.st_uid)
+
+
+def _is_trusted(owner: int) -> bool:
+    """Whether a file's owner is this process's user, or root, who can do anything anyway."""
+    return owner == 0 or owner == os.geteuid()
 
 
 def _processor() -> str:

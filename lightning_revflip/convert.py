@@ -25,7 +25,13 @@ from lightning_revflip._conversion_places import (
     choose,
     find_places,
 )
-from lightning_revflip._conversion_values import importable, imported, plain, rebuilt
+from lightning_revflip._conversion_values import (
+    check_replacement,
+    importable,
+    imported,
+    plain,
+    rebuilt,
+)
 
 
 @runtime_checkable
@@ -177,7 +183,8 @@ def convert(
 def apply_spec(module: nn.Module, spec: ConversionSpec) -> None:
     """Repeat on a fresh model what `convert` did to another one of the same structure.
 
-    What was done to this model before, with the same arguments, is not done again.
+    What was done to this model before, with the same arguments, is not done again. Replacements are
+    called by the names in the spec: one that is not your own must come from `spec_of_checkpoint`.
 
     Raises:
         ValueError: if a path is missing, or holds a module of another type. What comes before it in
@@ -217,6 +224,10 @@ def spec_of_checkpoint(checkpoint: Mapping[str, Any]) -> ConversionSpec:
     Args:
         checkpoint: what `torch.load(path, weights_only=True)` returns.
 
+    Raises:
+        ValueError: if it names a replacement other than a class with `from_standard` or `upgrade`:
+            what a file names is not called unless it is made for this.
+
     Example:
         >>> checkpoint = torch.load("model.ckpt", weights_only=True)  # doctest: +SKIP
         >>> apply_spec(network, spec_of_checkpoint(checkpoint))  # doctest: +SKIP
@@ -228,6 +239,8 @@ def spec_of_checkpoint(checkpoint: Mapping[str, Any]) -> ConversionSpec:
             # A callback records what others before it have converted as well.
             conversions = ConversionSpec.from_dict(state[SPEC_KEY]).conversions
             found += [each for each in conversions if each not in found]
+    for conversion in found:
+        check_replacement(conversion.replacement)
     return ConversionSpec(found)
 
 
@@ -244,10 +257,11 @@ def load_from_checkpoint(cls: type[M], path: str | Path | IO[bytes], **kwargs: A
     Args:
         cls: an ordinary LightningModule class.
         path: a checkpoint file; one without conversions loads as usual.
-        kwargs: as for `LightningModule.load_from_checkpoint`.
+        kwargs: as for `LightningModule.load_from_checkpoint`; `weights_only` is True, if not given.
 
     Raises:
-        ValueError: if the model does not have the structure that was converted.
+        ValueError: if the model does not have the structure that was converted, and as
+            `spec_of_checkpoint`.
     """
     own = vars(cls).get("on_load_checkpoint")
 
@@ -263,7 +277,7 @@ def load_from_checkpoint(cls: type[M], path: str | Path | IO[bytes], **kwargs: A
         original = loadable.on_load_checkpoint
         loadable.on_load_checkpoint = convert_first
         try:
-            return loadable.load_from_checkpoint(path, **kwargs)  # type: ignore[no-any-return]
+            return loadable.load_from_checkpoint(path, **{"weights_only": True, **kwargs})  # type: ignore[no-any-return]
         finally:
             if own is None:
                 del loadable.on_load_checkpoint

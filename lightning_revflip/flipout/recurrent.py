@@ -185,7 +185,8 @@ class _FlipoutRNN(PerturbedLayer, nn.RNNBase):
         self, x: Tensor, sizes: Tensor | None, hx: Hidden, draws: dict[str, Draw]
     ) -> tuple[Tensor, Hidden]:
         """The layers with weights of its own for each sequence."""
-        counts = [x.shape[1]] * len(x) if sizes is None else sizes.tolist()
+        # Not tolist(), which fails within torch.func in torch 2.6.
+        counts = [x.shape[1]] * len(x) if sizes is None else [int(size) for size in sizes]
         draw = next(iter(draws.values()))
         steps = Steps(counts, draw.groups(counts[0]), x.device)
         if sizes is not None and steps.dense:

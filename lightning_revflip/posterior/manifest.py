@@ -117,7 +117,16 @@ class ShardRecord:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> ShardRecord:
-        """The inverse of `line`."""
+        """The inverse of `line`.
+
+        Raises:
+            ValueError: if the file is in another folder: a writer removes files that it merges.
+        """
+        if Path(values["file"]).name != values["file"]:
+            raise ValueError(
+                f"the manifest of a sample bank names {values['file']!r}, and may only name files "
+                "beside it. It was not written by lightning_revflip: do not use this bank."
+            )
         return cls(
             file=values["file"],
             nbytes=values["nbytes"],

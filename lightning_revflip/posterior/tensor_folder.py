@@ -76,7 +76,7 @@ def load_tensors(path: str | PathLike[str], kind: str) -> tuple[dict[str, Any], 
     config = _read_config(config_path)
     if config["kind"] != kind:
         raise ValueError(f"{path} holds a {config['kind']}, not a {kind}: load it by that class.")
-    file = config_path.with_name(config["file"])
+    file = config_path.with_name(config["file"])  # raises if that is a path
     if not file.exists():
         raise ValueError(f"{path} is damaged: {file.name} is missing. Copy the folder again.")
     data = file.read_bytes()
