@@ -71,7 +71,7 @@ class IndependentChainsStrategy(DDPStrategy):
             different steps.
         FileNotFoundError: if a chain's file of a checkpoint is missing.
 
-    Example:
+    Examples:
         >>> from lightning.pytorch import Trainer
         >>> trainer = Trainer(
         ...     strategy=IndependentChainsStrategy(), accelerator="cpu", devices=4, logger=False

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 
+from lightning_revflip.callbacks.loggers import log_settings
 from lightning_revflip.convert import SPEC_KEY, ConversionSpec, convert, recorded_spec
 
 
@@ -48,6 +49,7 @@ class ConversionCallback(Callback, ABC):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._check_order(trainer)
+        log_settings(trainer, self)
         deferred = [
             hook
             for hook in ("setup", "configure_model")

@@ -1,8 +1,10 @@
 """The random numbers of flipout layers while a Trainer fits."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import distributed
 
 from lightning_revflip.flipout import NoiseSource
 from lightning_revflip.flipout.noise import derive
@@ -52,11 +54,27 @@ def fresh_generator(rank: int) -> torch.Generator:
     return torch.Generator().manual_seed(stream_seed(torch.initial_seed(), rank))
 
 
-def resumed_generator(state: torch.Tensor, rank: int) -> torch.Generator:
-    """A generator that goes on from the saved state of rank 0, on other ranks in a new stream."""
+def states_of_all(generator: torch.Generator, processes: int) -> list[torch.Tensor]:
+    """The states of the generators of all processes that train a model together."""
+    own = generator.get_state()
+    if processes == 1:
+        return [own]
+    # Lightning asks all processes for their state, though it writes that of the first alone.
+    found: list[Any] = [None] * processes
+    distributed.all_gather_object(found, own)
+    return found
+
+
+def resumed_generator(states: Sequence[torch.Tensor], rank: int) -> torch.Generator:
+    """A generator that goes on from the saved state of this process.
+
+    Args:
+        states: of the processes that there were.
+        rank: number of this process; a further one begins a stream that follows from the first.
+    """
     generator = torch.Generator()
-    generator.set_state(state.cpu())
-    if rank == 0:
+    generator.set_state(states[rank if rank < len(states) else 0].cpu())
+    if rank < len(states):
         return generator
     seed = int(torch.randint(2**62, (), generator=generator))
     return torch.Generator().manual_seed(stream_seed(seed, rank))

@@ -12,7 +12,9 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleD
 
 from lightning_revflip.callbacks._conversion import callbacks_of
 from lightning_revflip.callbacks._sampler_swap import SAMPLERS
+from lightning_revflip.callbacks.evolution import EvolutionStrategies
 from lightning_revflip.callbacks.flipout import Flipout
+from lightning_revflip.modules.evolution import EvolutionModule
 from lightning_revflip.posterior.policies import POLICIES
 from lightning_revflip.sgld.checks import check_num_data, check_temperature
 
@@ -75,8 +77,8 @@ def _check_options(settings: Mapping[str, Any]) -> None:
         )
 
 
-def check_trainer(trainer: Trainer) -> None:
-    """Raise unless a Trainer and its callbacks fit `SGLDSampler`.
+def check_trainer(trainer: Trainer, pl_module: LightningModule) -> None:
+    """Raise unless a Trainer, its callbacks and the way of training fit `SGLDSampler`.
 
     Raises:
         MisconfigurationException: naming what does not fit.
@@ -85,6 +87,13 @@ def check_trainer(trainer: Trainer) -> None:
         raise MisconfigurationException(
             "the Trainer has both SGLDSampler, which samples the weights, and Flipout, which "
             "trains a distribution of them. These are two posteriors of one module: use one."
+        )
+    evolves = any(isinstance(each, EvolutionStrategies) for each in callbacks_of(trainer))
+    if evolves or isinstance(pl_module, EvolutionModule):
+        raise MisconfigurationException(
+            "SGLDSampler samples by the gradient of the loss, and evolution strategies give the "
+            "optimizer an estimate of another gradient, so the samples would be of no posterior. "
+            "Train by backpropagation."
         )
     strategy = trainer.strategy
     whole = isinstance(strategy, SingleDeviceStrategy | DDPStrategy)

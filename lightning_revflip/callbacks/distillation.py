@@ -14,6 +14,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from lightning_revflip.apd import DistilledPosterior
 from lightning_revflip.callbacks._conversion import callbacks_of
 from lightning_revflip.callbacks._online_distillation import OnlineDistillation, SampleBuffer
+from lightning_revflip.callbacks.loggers import log_settings
 from lightning_revflip.callbacks.sampling import SGLDSampler
 from lightning_revflip.modules.apd import APDModule
 
@@ -68,7 +69,7 @@ class PosteriorDistillation(Callback):
         MisconfigurationException: in `setup`, without an `SGLDSampler` before it, and with several
             processes.
 
-    Example:
+    Examples:
         >>> sampler = SGLDSampler("runs/bank", num_data=50_000, every_n_steps=20)
         >>> distillation = PosteriorDistillation("runs/distilled", rank=20, buffer_size=100)
         >>> trainer = Trainer(callbacks=[sampler, distillation], logger=False)
@@ -150,6 +151,7 @@ class PosteriorDistillation(Callback):
                 f"PosteriorDistillation works in one process, got {trainer.world_size}. Leave it "
                 "out, and distil the finished bank with APDModule, which also trains under DDP."
             )
+        log_settings(trainer, self)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.global_step == 0:

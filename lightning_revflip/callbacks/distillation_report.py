@@ -10,13 +10,10 @@ import torch.nn.functional as F
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
-from lightning_revflip.callbacks._distillation_figures import (
-    log_figure,
-    marginals_figure,
-    projections_figure,
-    takes_figures,
-)
+from lightning_revflip.callbacks._distillation_figures import marginals_figure, projections_figure
+from lightning_revflip.callbacks.loggers import figure_loggers, log_figure
 from lightning_revflip.modules.apd import APDModule
 from lightning_revflip.posterior import predictive_entropy
 
@@ -34,7 +31,7 @@ class DistillationReport(Callback):
     Args:
         network: a classifier with the parameters that were sampled, which computes with the
             generated ones; None: nothing is predicted.
-        data: batches of inputs and classes, or a data module, of which the validation data are
+        data: a loader of inputs and classes, or a data module, of which the validation data are
             used.
         num_networks: number of generated networks, the same in each validation.
 
@@ -43,7 +40,7 @@ class DistillationReport(Callback):
             another architecture.
         MisconfigurationException: at the start of training, for another module than `APDModule`.
 
-    Example:
+    Examples:
         >>> network = Classifier(network="mlp", hidden=[100])  # doctest: +SKIP
         >>> report = DistillationReport(network, test_loader)  # doctest: +SKIP
         >>> trainer = Trainer(callbacks=[report])  # doctest: +SKIP
@@ -52,7 +49,8 @@ class DistillationReport(Callback):
     def __init__(
         self,
         network: nn.Module | None = None,
-        data: Iterable[Any] | LightningDataModule | None = None,
+        # Not any iterable: in a configuration file that would be a class with its arguments, too.
+        data: LightningDataModule | DataLoader[Any] | None = None,
         num_networks: int = 20,
     ) -> None:
         if (network is None) != (data is None):
@@ -87,8 +85,10 @@ class DistillationReport(Callback):
         pl_module.log_dict(logged, batch_size=1)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        loggers = [logger for logger in trainer.loggers if takes_figures(logger)]
-        if trainer.sanity_checking or not loggers or not trainer.is_global_zero:
+        if trainer.sanity_checking or not trainer.is_global_zero:
+            return
+        loggers = figure_loggers(trainer)
+        if not loggers:
             return
         assert isinstance(pl_module, APDModule)
         assert pl_module.validation_codes is not None

@@ -8,11 +8,13 @@ from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_revflip.callbacks._conversion import callbacks_of
+from lightning_revflip.callbacks.loggers import log_settings
 from lightning_revflip.flipout.evolution import FlipoutES
 from lightning_revflip.flipout.evolution.fitness import Shaping
 from lightning_revflip.flipout.evolution.settings import (
@@ -22,6 +24,8 @@ from lightning_revflip.flipout.evolution.settings import (
     check_targets,
     check_whole,
 )
+from lightning_revflip.modules.evolution import check_layers
+from lightning_revflip.modules.replicas import replica
 
 
 class EvolutionStrategies(Callback):
@@ -48,7 +52,9 @@ class EvolutionStrategies(Callback):
     A Trainer can have one of them; `targets` may choose several parts of a model.
 
     Does not work with manual optimization, with 16-bit mixed precision, whose scaling is for
-    backward passes (use bf16-mixed), and with strategies that cut up parameters.
+    backward passes (use bf16-mixed), with LearningRateFinder and BatchSizeFinder, which would try
+    backward passes, with perturbed layers that are compiled, and with strategies that cut up
+    parameters.
 
     Args:
         sigma: standard deviation of the perturbations.
@@ -69,7 +75,7 @@ class EvolutionStrategies(Callback):
             not fit together and parameters that cannot be perturbed; in training, if losses are
             not equally many for each member.
 
-    Example:
+    Examples:
         >>> from torch.nn import CrossEntropyLoss
         >>> loss = CrossEntropyLoss(reduction="none")
         >>> evolution = EvolutionStrategies(sigma=0.05, population=512, examples=4, loss=loss)
@@ -118,6 +124,13 @@ class EvolutionStrategies(Callback):
                 "the Trainer has more than one EvolutionStrategies, and each would replace the "
                 "gradients of the other. Use one; its targets may choose several parts of a model."
             )
+        for each in callbacks_of(trainer):
+            if isinstance(each, LearningRateFinder | BatchSizeFinder):
+                raise MisconfigurationException(
+                    f"{_name(each)} tries values before EvolutionStrategies stands in for the "
+                    "backward pass, so it would find one for training by backpropagation. Choose "
+                    "the value without it."
+                )
         if not pl_module.automatic_optimization:
             raise MisconfigurationException(
                 "EvolutionStrategies stands in for the backward pass of automatic optimization, "
@@ -140,6 +153,7 @@ class EvolutionStrategies(Callback):
                 "EvolutionStrategies needs all parameters in each process, got "
                 f"{_name(trainer.strategy)}. Use one device or strategy='ddp'."
             )
+        log_settings(trainer, self)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.evolution = FlipoutES(
@@ -154,7 +168,7 @@ class EvolutionStrategies(Callback):
         )
         if self._state is not None:
             self.evolution.load_state_dict(self._state)
-        self.evolution.share(trainer.global_rank, trainer.world_size)
+        self.evolution.share(*replica(trainer))
         model = trainer.strategy.model
         if isinstance(model, DistributedDataParallel):
             model.require_backward_grad_sync = False  # it would wait for a backward pass
@@ -163,6 +177,9 @@ class EvolutionStrategies(Callback):
             self._evolve(trainer, pl_module)
 
         pl_module.backward = backward  # type: ignore[method-assign]
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        check_layers(pl_module, self.targets)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int

@@ -23,6 +23,7 @@ from lightning_revflip.callbacks._noise import (
     RecomputableNoise,
     fresh_generator,
     resumed_generator,
+    states_of_all,
 )
 from lightning_revflip.callbacks._num_data import resolve_num_data
 from lightning_revflip.callbacks._weight_samples import last, sample_step, stacked
@@ -36,6 +37,7 @@ from lightning_revflip.flipout import (
 )
 from lightning_revflip.flipout.elbo import check_num_data, signal_to_noise, weights_with_prior
 from lightning_revflip.flipout.layer import Estimator
+from lightning_revflip.modules.replicas import replica
 from lightning_revflip.reversible_flipout import REVERSIBLE_FLIPOUT_LAYERS
 
 RULES: dict[type[nn.Module], type[PerturbedLayer]] = {**FLIPOUT_LAYERS, **REVERSIBLE_FLIPOUT_LAYERS}
@@ -61,11 +63,12 @@ class Flipout(ConversionCallback):
 
     **Noise.** Each process draws from a generator of its own, which follows from `seed_everything`
     and its rank, so that DDP replicas perturb their examples differently. Every `fit` starts it
-    anew. Checkpoints hold its state on rank 0: one process resumes bit by bit at epoch boundaries
-    (and within, as far as the data loader does); of more, rank 0 resumes and the others start
-    streams that follow from the saved state. Forward calls that are recomputed (activation
-    checkpointing, ReversibleSequence) draw the same noise again. Layers that are compiled draw from
-    torch's global generators instead.
+    anew. Checkpoints hold its state in all processes, so that a run resumes bit by bit at epoch
+    boundaries (and within, as far as the data loader does); with more processes than before, the
+    further ones start streams that follow from the state of the first. Each process of
+    `IndependentChainsStrategy` draws and resumes as a run on one device. Forward calls that are
+    recomputed (activation checkpointing, ReversibleSequence) draw the same noise again. Layers that
+    are compiled draw from torch's global generators instead.
 
     **Evaluation** computes with the mean weights, unless `validate_samples` or `predict_samples`
     say otherwise. The networks drawn for that are the same in every evaluation, so curves over
@@ -84,7 +87,8 @@ class Flipout(ConversionCallback):
 
     Args:
         targets: glob patterns of module paths, for example `["encoder.*"]`, or module types, that
-            choose the layers; None: all. Other layers need a second `Flipout`.
+            choose the layers; None: all. Other layers need a second `Flipout`, with other targets:
+            two with the same ones raise when the Trainer is made.
         perturbation: how weights are perturbed; None: `Gaussian()`.
         kl_weight: factor of the divergence; 1 is the posterior of Bayes, less is a cold one.
         num_data: number of training examples, all processes together, in the units over which the
@@ -112,7 +116,7 @@ class Flipout(ConversionCallback):
         MisconfigurationException: for settings of the Trainer under which the gradient of the
             divergence would not be exact, or callbacks that conflict.
 
-    Example:
+    Examples:
         >>> from lightning.pytorch import Trainer
         >>> from lightning_revflip.flipout import Gaussian
         >>> bayes = Flipout(perturbation=Gaussian(init_std=0.02), annealing_epochs=5)
@@ -147,7 +151,8 @@ class Flipout(ConversionCallback):
         if num_data is not None:
             check_num_data(num_data)
         self._noise: RecomputableNoise | None = None
-        self._saved_noise: Tensor | None = None
+        self._saved_noise: list[Tensor] | None = None
+        self._processes = 1
         self._sources: list[tuple[PerturbedLayer, NoiseSource]] = []
         self._resolved_num_data: int | None = None
         self._last_kl_weight: float | None = None
@@ -199,7 +204,7 @@ class Flipout(ConversionCallback):
         layers = self.layers(pl_module)
         check_optimizers(trainer, weights_with_prior(layers))
         warn_of_weight_decay(trainer, layers)
-        rank = trainer.global_rank
+        rank, self._processes = replica(trainer)
         if self._saved_noise is None:
             generator = fresh_generator(rank)
         else:
@@ -340,13 +345,15 @@ class Flipout(ConversionCallback):
         self._sources = []
 
     def state_dict(self) -> dict[str, Any]:
-        generator = None if self._noise is None else self._noise.generator
-        noise = None if generator is None else generator.get_state()
+        noise = None
+        if self._noise is not None and self._noise.generator is not None:
+            noise = states_of_all(self._noise.generator, self._processes)
         return {**super().state_dict(), "noise": noise}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        self._saved_noise = state_dict["noise"]
+        noise = state_dict["noise"]
+        self._saved_noise = [noise] if isinstance(noise, Tensor) else noise  # of earlier versions
 
 
 def _flipouts(trainer: Trainer) -> list[Flipout]:

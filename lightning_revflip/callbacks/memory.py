@@ -31,7 +31,7 @@ class MemoryMonitor(Callback):
     Works with any LightningModule, reversible or not. Writes nothing to checkpoints. Measuring
     calls Python for every tensor that autograd saves, hence not at every step.
 
-    Example:
+    Examples:
         >>> from lightning.pytorch import Trainer
         >>> trainer = Trainer(callbacks=[MemoryMonitor()], log_every_n_steps=10, logger=False)
     """

@@ -33,7 +33,7 @@ class ReversibleRNN(ConversionCallback):
         max_forget_bits: how much a unit may forget per step: a number of bits, or None for no
             limit; 0 leaves forgetting out.
         targets: glob patterns of module paths, for example `["encoder.*"]`, or module types, that
-            choose the layers; None: all.
+            choose the layers; None: all. Two ReversibleRNN in one Trainer need different ones.
         chunk_steps: steps that are recomputed together in the backward pass; None chooses.
         forget_bias: added to the bias of the forget gates at initialisation; below 0 the network
             starts by forgetting much, which may help RevLSTM at first and stores more bits.
@@ -43,7 +43,7 @@ class ReversibleRNN(ConversionCallback):
         MisconfigurationException: in `setup`, if a callback that averages weights comes first, or
             the strategy spawns.
 
-    Example:
+    Examples:
         >>> from lightning.pytorch import Trainer
         >>> from lightning.pytorch.demos import LightningTransformer
         >>> trainer = Trainer(callbacks=[ReversibleRNN(max_forget_bits=2.0)], logger=False)

@@ -38,7 +38,7 @@ class RNGState(Callback):
     number had; further ones begin streams of their own that follow from the state of the first.
     This is warned of, and so is a generator that the checkpoint lacks, or that only it has.
 
-    Example:
+    Examples:
         >>> from lightning.pytorch import Trainer
         >>> trainer = Trainer(callbacks=[RNGState()], logger=False)
         >>> # trainer.fit(model, data, ckpt_path="last")

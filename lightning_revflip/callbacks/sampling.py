@@ -16,11 +16,17 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_revflip.callbacks._collection import Collection, finished_bank
-from lightning_revflip.callbacks._configured_optimizer import parts_of, swap_optimizer
+from lightning_revflip.callbacks._configured_optimizer import swap_optimizer
 from lightning_revflip.callbacks._ensemble import Combine, EnsembleEvaluation
 from lightning_revflip.callbacks._mixing import Mixing, Outputs, report
 from lightning_revflip.callbacks._network import check_not_averaged_before, copy_part, part_of
-from lightning_revflip.callbacks._num_data import resolve_num_data
+from lightning_revflip.callbacks._sampled_run import (
+    collects,
+    independent,
+    noise_seed,
+    sampler_of,
+    training_examples,
+)
 from lightning_revflip.callbacks._sampler_settings import (
     DTYPES,
     check_schedule,
@@ -28,14 +34,10 @@ from lightning_revflip.callbacks._sampler_settings import (
     check_trainer,
 )
 from lightning_revflip.callbacks._sampler_swap import SAMPLERS, Target, check_agrees, sampler_from
+from lightning_revflip.callbacks.loggers import log_settings
 from lightning_revflip.callbacks.run_folder import run_folder
 from lightning_revflip.posterior import SampleBank
-from lightning_revflip.sgld import (
-    CyclicalSchedule,
-    LangevinOptimizer,
-    log_mean_softmax,
-)
-from lightning_revflip.strategies import IndependentChainsStrategy, chain_seed
+from lightning_revflip.sgld import LangevinOptimizer, log_mean_softmax
 
 
 class SGLDSampler(Callback):
@@ -68,8 +70,8 @@ class SGLDSampler(Callback):
     Under plain DDP all processes hold the same chain, and the first one writes.
 
     Does not work with several optimizers, with optimizers other than plain SGD or one of
-    `lightning_revflip.SGLD`, `PSGLD`, `SGHMC`, with the callback `Flipout`, and with strategies
-    that cut up parameters.
+    `lightning_revflip.SGLD`, `PSGLD`, `SGHMC`, with `Flipout`, with evolution strategies, and with
+    Trainer strategies that cut up parameters.
 
     Args:
         dirpath: folder of the bank. None: `posterior` beside the folder of the checkpoints.
@@ -105,7 +107,7 @@ class SGLDSampler(Callback):
             training, if module, checkpoint or Trainer do not fit.
         OSError: in training, if samples cannot be written; they wait in memory for `close`.
 
-    Example:
+    Examples:
         >>> sampler = SGLDSampler("runs/bank", num_data=50_000, burn_in=500, every_n_steps=20)
         >>> trainer = Trainer(callbacks=[sampler], logger=False)
     """
@@ -169,7 +171,8 @@ class SGLDSampler(Callback):
     # --- before training ---------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        check_trainer(trainer)
+        check_trainer(trainer, pl_module)
+        log_settings(trainer, self)
         if self.chains > 1:
             assert self.network is not None
             check_not_averaged_before(trainer, self)
@@ -182,28 +185,13 @@ class SGLDSampler(Callback):
             self._undo.append(swap_optimizer(pl_module, make, self.schedule))
 
     def _make_sampler(self, trainer: Trainer, optimizer: Optimizer) -> LangevinOptimizer:
-        num_data = self._find_num_data(trainer)
+        num_data = training_examples(trainer, self.num_data)
         self._target = Target(num_data, self.temperature, self.prior_precision)
         options = dict(self.sampler_options)
         if self.sampler == "psgld" and not isinstance(optimizer, LangevinOptimizer):
             options.setdefault("adaptation_steps", self.burn_in)
-        generator = torch.Generator().manual_seed(self._noise_seed(trainer))
+        generator = torch.Generator().manual_seed(noise_seed(trainer, self.seed))
         return sampler_from(optimizer, SAMPLERS[self.sampler], self._target, generator, **options)
-
-    def _find_num_data(self, trainer: Trainer) -> int:
-        # `fit_loop.setup_data` would begin to read, and draw what RNGState restores only later.
-        loader = trainer.fit_loop._data_source.dataloader()
-        given = None if self.num_data == "auto" else self.num_data
-        return resolve_num_data(given, loader, "SGLDSampler")
-
-    def _noise_seed(self, trainer: Trainer) -> int:
-        """The same in processes that hold one chain, and different in those that do not."""
-        independent = _independent(trainer)
-        if self.seed is not None:
-            seed = chain_seed(self.seed, trainer.global_rank if independent else 0)
-            return chain_seed(seed, trainer.global_step)  # another one where `fit` is called again
-        seed = int(torch.randint(2**62, ()))  # independent chains have generators of their own
-        return seed if independent else int(trainer.strategy.broadcast(seed))
 
     # --- training ----------------------------------------------------------------------------
 
@@ -218,13 +206,13 @@ class SGLDSampler(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.global_step == 0:
             self._saved = {}  # of another training
-        optimizer = _sampler_of(trainer)
+        optimizer = sampler_of(trainer)
         assert self._target is not None
         check_agrees(optimizer, "of the checkpoint", self._target)
         self.steps = self._saved.get("steps", 0)
         self.folder = self.bank_folder(trainer)
         self.mixing = None
-        if trainer.global_rank == 0 or _independent(trainer):
+        if trainer.global_rank == 0 or independent(trainer):
             self._collection = self._open(trainer, pl_module)
         self._hook = optimizer.register_step_post_hook(functools.partial(self._collect, trainer))
 
@@ -236,7 +224,7 @@ class SGLDSampler(Callback):
 
     def _open(self, trainer: Trainer, pl_module: LightningModule) -> Collection:
         assert self.folder is not None
-        optimizer = _sampler_of(trainer)
+        optimizer = sampler_of(trainer)
         group = optimizer.param_groups[0]
         described = ("lr", "num_data", "temperature", "prior_precision")
         return Collection(
@@ -262,7 +250,7 @@ class SGLDSampler(Callback):
         after = self.steps - self.burn_in
         if self._collection is None or after <= 0 or after % self.every_n_steps != 0:
             return
-        if _samples(trainer):
+        if collects(trainer):
             self._collection.append(self.steps)
             if self.listeners:
                 rows = self._collection.rows()
@@ -274,7 +262,7 @@ class SGLDSampler(Callback):
     ) -> None:
         if self._collection is None or not trainer._logger_connector.should_update_logs:
             return
-        temperature = _sampler_of(trainer).param_groups[0]["temperature"]
+        temperature = sampler_of(trainer).param_groups[0]["temperature"]
         log = functools.partial(pl_module.log, batch_size=1, rank_zero_only=True)
         log("sgld/samples", float(len(self._collection)), prog_bar=True)
         log("sgld/temperature", float(temperature))
@@ -323,7 +311,7 @@ class SGLDSampler(Callback):
         if self._collection is not None:
             self._collection.flush()
             kept = len(self._collection)
-        if _independent(trainer):
+        if independent(trainer):
             assert self._collection is not None
             return SampleBank(self.folder, chains=self._collection.numbers) if kept else None
         return SampleBank(self.folder) if trainer.strategy.broadcast(kept) else None
@@ -408,19 +396,3 @@ class SGLDSampler(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._saved = dict(state_dict)
-
-
-def _independent(trainer: Trainer) -> bool:
-    return isinstance(trainer.strategy, IndependentChainsStrategy)
-
-
-def _sampler_of(trainer: Trainer) -> LangevinOptimizer:
-    (optimizer,) = trainer.optimizers
-    assert isinstance(optimizer, LangevinOptimizer)
-    return optimizer
-
-
-def _samples(trainer: Trainer) -> bool:
-    """Whether cyclical schedules, if there are any, sample in the step just taken."""
-    schedules = [part for each in trainer.lr_scheduler_configs for part in parts_of(each.scheduler)]
-    return all(each.sampling for each in schedules if isinstance(each, CyclicalSchedule))

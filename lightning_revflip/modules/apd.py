@@ -22,6 +22,7 @@ from lightning_revflip.apd import (
 )
 from lightning_revflip.apd.train import Steps
 from lightning_revflip.flipout.noise import derive
+from lightning_revflip.modules.replicas import replica
 
 _GENERATED = 256
 """Codes that are generated for a validation, if fewer are held out."""
@@ -76,7 +77,7 @@ class APDModule(LightningModule):
         MisconfigurationException: at the start of training, without codec, and for 16-bit mixed
             precision.
 
-    Example:
+    Examples:
         >>> bank = SampleBank("runs/mnist/bank")  # doctest: +SKIP
         >>> codec = ParameterCodec.fit(bank, rank=20)  # doctest: +SKIP
         >>> module = APDModule(codec)  # doctest: +SKIP
@@ -185,10 +186,11 @@ class APDModule(LightningModule):
     def _random(self) -> torch.Generator:
         """Random numbers of this step in this process."""
         step = int(self.networks.generator_steps)
-        return torch.Generator().manual_seed(derive(self.seed, step, self.global_rank))
+        return torch.Generator().manual_seed(derive(self.seed, step, replica(self.trainer)[0]))
 
     def _averaging(self, optimizer: Any) -> Steps:
-        return _Averaging(optimizer) if self.trainer.world_size > 1 else optimizer
+        _, processes = replica(self.trainer)
+        return _Averaging(optimizer) if processes > 1 else optimizer
 
     # --- validation --------------------------------------------------------------------------
 
@@ -198,9 +200,11 @@ class APDModule(LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Compare generated codes with those held out, of all processes."""
         real, self._held_out = torch.cat(self._held_out), []
-        gathered = self.all_gather(real)
-        assert isinstance(gathered, Tensor)
-        real = gathered.reshape(-1, real.shape[1]).float().cpu()
+        if replica(self.trainer)[1] > 1:
+            gathered = self.all_gather(real)
+            assert isinstance(gathered, Tensor)
+            real = gathered.reshape(-1, real.shape[1])
+        real = real.float().cpu()
         random = torch.Generator().manual_seed(self.seed)
         latents = self.networks.averaged.draw_latents(max(_GENERATED, len(real)), random)
         generated = self(latents).float().cpu()

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from lightning_revflip.apd import Codec, IdentityCodec, ParameterCodec, encode_all
 from lightning_revflip.modules.apd import APDModule
+from lightning_revflip.modules.replicas import replica
 from lightning_revflip.posterior import SampleBank
 
 _BLOCKS = 4
@@ -25,23 +26,24 @@ class SampleBankCodes(LightningDataModule):
     Samples that follow one another in a chain are nearly equal, so that a random hold-out would be
     known from its neighbours. Held out are instead four blocks of each chain, at equal distances.
 
-    An epoch is a fixed number of batches, drawn at random with replacement. Its loader knows where
-    it is: a checkpoint within an epoch resumes with the batch that would have come next. With
-    several processes each gets its part of batches that are as many times larger.
+    An epoch is a fixed number of batches, drawn at random with replacement. A checkpoint holds how
+    far they have come, so that a run resumes with the batch that would have come next. With several
+    processes each gets its part of batches that are as many times larger.
 
     Args:
         bank: samples, or the folder of their bank.
         codec: makes codes of them; None: that of the `APDModule` which is trained.
         batch_size: codes of a batch, in each process: those of all critic steps of an `APDModule`.
-        holdout: share of the samples to hold out, 0 for none.
+        holdout: share of the samples to hold out, rounded to a whole number in each chain; 0 for
+            none. Of a small bank two are held out where the share would be a single one.
         batches_per_epoch: number of batches, after which Lightning validates.
         seed: of the draws.
 
     Raises:
         ValueError: for settings out of range; in `setup`, without a codec, for one of another
-            architecture than the bank, without samples to train on, and with one held out.
+            architecture than the bank, and without samples to train on.
 
-    Example:
+    Examples:
         >>> bank = SampleBank("runs/mnist/bank")  # doctest: +SKIP
         >>> module = APDModule(fit_codec(bank, rank=20))  # doctest: +SKIP
         >>> trainer.fit(module, SampleBankCodes(bank))  # doctest: +SKIP
@@ -72,17 +74,17 @@ class SampleBankCodes(LightningDataModule):
         self.batches_per_epoch = batches_per_epoch
         self.seed = seed
         self.train_codes = self.val_codes = torch.empty(0, 0)
+        self._loader: CodeBatches | None = None
+        self._saved: dict[str, Any] = {}
 
     def setup(self, stage: str) -> None:
         """Encode the samples."""
         lengths = [len(steps) for steps in self.bank.steps.values()]
         train, held_out = split_by_time(lengths, self.holdout)
         if not train:
-            raise ValueError(f"{self.bank!r} has no samples to train on. Collect some first.")
-        if len(held_out) == 1:
             raise ValueError(
-                f"holdout={self.holdout} leaves one of {len(self.bank)} samples for validation, "
-                "which compares two or more. Choose a larger share, or 0."
+                f"{self.bank!r} has no samples to train on: holdout={self.holdout} keeps "
+                f"{len(held_out)} for validation. Collect more samples, or hold out fewer."
             )
         codes = encode_all(self._find_codec(), self.bank)
         self.train_codes, self.val_codes = codes[train], codes[held_out]
@@ -106,15 +108,28 @@ class SampleBankCodes(LightningDataModule):
     def train_dataloader(self) -> CodeBatches:
         rank, processes = 0, 1
         if self.trainer is not None:
-            rank, processes = self.trainer.global_rank, self.trainer.world_size
-        return CodeBatches(
+            rank, processes = replica(self.trainer)
+        self._loader = CodeBatches(
             self.train_codes, self.batch_size, self.batches_per_epoch, self.seed, rank, processes
         )
+        if self._saved:
+            self._loader.load_state_dict(self._saved)
+            self._saved = {}
+        return self._loader
 
     def val_dataloader(self) -> list[DataLoader[Tensor]]:
         if len(self.val_codes) == 0:
             return []
         return [DataLoader(self.val_codes, batch_size=self.batch_size)]  # type: ignore[arg-type]
+
+    # Lightning saves the state of loaders as well, but restores it within an epoch only.
+    def state_dict(self) -> dict[str, Any]:
+        """Where the loader for training is."""
+        return self._saved if self._loader is None else self._loader.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Let the next loader for training go on from there."""
+        self._saved = dict(state_dict)
 
 
 def fit_codec(bank: SampleBank | str | PathLike[str], rank: int | None = 20) -> Codec:
@@ -189,21 +204,26 @@ def split_by_time(lengths: Sequence[int], holdout: float) -> tuple[list[int], li
 
     Args:
         lengths: samples of each chain.
-        holdout: share of them to hold out, rounded to a whole number in each chain.
+        holdout: share of them to hold out, rounded to a whole number in each chain. Where that
+            is one sample of all, it is two: held-out samples are compared with each other.
 
     Returns:
         Numbers of the samples to train on, and of those held out, each in order.
 
-    Example:
+    Examples:
         >>> split_by_time([8, 8], holdout=0.5)
         ([0, 2, 4, 6, 8, 10, 12, 14], [1, 3, 5, 7, 9, 11, 13, 15])
         >>> split_by_time([40], holdout=0.2)[1]
         [8, 9, 18, 19, 28, 29, 38, 39]
+        >>> split_by_time([10], holdout=0.1)[1]
+        [4, 9]
     """
+    counts = [round(holdout * length) for length in lengths]
+    if sum(counts) == 1:
+        counts = [min(2 * count, length) for count, length in zip(counts, lengths, strict=True)]
     held_out: set[int] = set()
     start = 0
-    for length in lengths:
-        count = round(holdout * length)
+    for length, count in zip(lengths, counts, strict=True):
         blocks = max(1, min(_BLOCKS, count))
         for i in range(blocks):
             end = start + length * (i + 1) // blocks

@@ -16,7 +16,9 @@ from torchmetrics import MeanMetric
 
 from lightning_revflip.flipout.evolution import FlipoutES
 from lightning_revflip.flipout.evolution.fitness import Shaping
+from lightning_revflip.flipout.evolution.parameters import perturbed_modules
 from lightning_revflip.flipout.evolution.settings import check_examples, check_loss
+from lightning_revflip.modules.replicas import replica
 
 Batch = Sequence[Any]
 """Inputs of the network, and targets."""
@@ -59,10 +61,11 @@ class EvolutionModule(LightningModule):
 
     Raises:
         ValueError: for settings that do not fit together and parameters that cannot be perturbed;
+            at the start of training, for layers that are compiled or that a callback has converted;
             in training, if losses are not equally many for each member.
         MisconfigurationException: at the start of training, with 16-bit mixed precision.
 
-    Example:
+    Examples:
         >>> module = EvolutionModule(nn.Linear(64, 10), sigma=0.05, population=256, examples=4)
         >>> module.evolution
         FlipoutES(sigma=0.05, population=256, base_perturbations=1, antithetic=True, shaping='rank')
@@ -91,6 +94,7 @@ class EvolutionModule(LightningModule):
         check_loss(loss)
         self.network = network
         self.examples = examples
+        self.targets = targets
         self.loss = loss
         self.make_optimizer = optimizer
         self.evolution = FlipoutES(
@@ -132,7 +136,11 @@ class EvolutionModule(LightningModule):
                 "EvolutionModule has no backward pass whose loss could be scaled, as 16-bit mixed "
                 "precision does. Use precision='bf16-mixed' or '32-true'."
             )
-        self.evolution.share(self.global_rank, self.trainer.world_size)
+        self.evolution.share(*replica(self.trainer))
+
+    def on_train_start(self) -> None:
+        """Look at the layers once more, which callbacks may have changed."""
+        check_layers(self.network, self.targets)
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """One generation, evaluated on one batch."""
@@ -191,3 +199,20 @@ class EvolutionModule(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.evolution.load_state_dict(checkpoint["evolution"])
+
+
+def check_layers(network: nn.Module, targets: Sequence[str] | None) -> None:
+    """Raise unless members can differ in the layers of a network, as these are now.
+
+    Raises:
+        ValueError: for layers of other types, and for perturbed layers that are compiled.
+    """
+    perturbed = {module for _, module, _ in perturbed_modules(network, targets)}
+    for path, part in network.named_modules():
+        compiled = part._compiled_call_impl is not None or hasattr(part, "_orig_mod")
+        if compiled and perturbed.intersection(part.modules()):
+            raise ValueError(
+                f"{path or 'the network'} is compiled, and members compute with other weights in "
+                "each generation, for which it would be compiled anew each time. Do not compile "
+                "what evolution strategies perturb."
+            )

@@ -5,9 +5,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from jsonargparse import ArgumentError, ArgumentParser
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -15,6 +16,7 @@ from lightning_revflip.callbacks import DistillationReport
 from lightning_revflip.callbacks._distillation_figures import marginals_figure, projections_figure
 from lightning_revflip.posterior import Layout
 from tests.helpers.distilled import codes_of, network, normal_rows, small_apd, write_bank
+from tests.helpers.loggers import RecordingTensorBoard, RecordingWandb
 from tests.helpers.models import quiet_trainer
 from tests.helpers.sampled_models import blobs, loader
 
@@ -22,29 +24,6 @@ from tests.helpers.sampled_models import blobs, loader
 @pytest.fixture(scope="module")
 def bank(tmp_path_factory):
     return write_bank(tmp_path_factory.mktemp("report") / "bank", normal_rows(100)[0])
-
-
-class RecordingWandb(WandbLogger):
-    """A WandbLogger that keeps what it is given and never starts wandb."""
-
-    def __init__(self):
-        self.logged = []
-
-    def log_image(self, key, images, step=None, **kwargs):
-        self.logged.append((key, step))
-
-
-class RecordingTensorBoard(TensorBoardLogger):
-    """A TensorBoardLogger without TensorBoard."""
-
-    def __init__(self):
-        self.logged = []
-
-    @property
-    def experiment(self):
-        return SimpleNamespace(
-            add_figure=lambda name, figure, step: self.logged.append((name, step))
-        )
 
 
 def pairs(size=30):
@@ -94,7 +73,8 @@ def test_loggers_that_take_figures_get_them(tmp_path, bank):
     )
     report.on_validation_end(trainer, module)
     for logger in loggers[:2]:
-        assert logger.logged == [("apd/projections", 5), ("apd/marginals", 5)]
+        names = [(name, step) for name, step, _ in logger.figures]
+        assert names == [("apd/projections", 5), ("apd/marginals", 5)]
 
 
 def test_figures_show_what_they_are_given():
@@ -132,3 +112,18 @@ def test_settings_that_do_not_fit_are_refused():
         DistillationReport(data=pairs())
     with pytest.raises(ValueError, match="num_networks must be at least 1, got 0"):
         DistillationReport(network(), pairs(), 0)
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_a_configuration_file_names_the_data_module(right):
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(DistillationReport, "report")
+    path = f"{Pairs.__module__}.Pairs" + ("" if right else "s")
+    network = {"class_path": "torch.nn.Linear", "init_args": {"in_features": 3, "out_features": 2}}
+    settings = {"report": {"network": network, "data": {"class_path": path}}}
+    if right:
+        report = parser.instantiate(parser.parse_object(settings)).report
+        assert isinstance(report.data, LightningDataModule)
+    else:
+        with pytest.raises(ArgumentError, match="Pairss"):
+            parser.parse_object(settings)

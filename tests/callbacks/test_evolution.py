@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, LightningDataModule
+from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from torch import nn
 from torch.optim import SGD
 
@@ -180,6 +181,30 @@ def test_a_second_one_is_refused(tmp_path):
     trainer = quiet_trainer(tmp_path, callbacks=both)
     with pytest.raises(MisconfigurationException, match="more than one EvolutionStrategies"):
         trainer.fit(WithLosses(), loader())
+
+
+@pytest.mark.parametrize("finder", [LearningRateFinder(), BatchSizeFinder()])
+def test_callbacks_that_would_try_backward_passes_are_refused(tmp_path, finder):
+    trainer = quiet_trainer(tmp_path, callbacks=[EvolutionStrategies(**SETTINGS), finder])
+    with pytest.raises(MisconfigurationException, match="for training by backpropagation"):
+        trainer.fit(WithLosses(), Digits())
+
+
+class Digits(LightningDataModule):
+    batch_size = 20
+
+    def train_dataloader(self):
+        return loader(self.batch_size)
+
+
+@pytest.mark.parametrize("path", ["network", "network.2"])
+def test_compiled_layers_are_refused_if_members_differ_in_them(tmp_path, path):
+    model = WithLosses()
+    model.get_submodule(path).compile(backend="eager")
+    with pytest.raises(ValueError, match=f"{path} is compiled, and members compute"):
+        quiet_trainer(tmp_path, callbacks=[EvolutionStrategies(**SETTINGS)]).fit(model, loader())
+    callback = EvolutionStrategies(**SETTINGS, targets=["*.0"])
+    quiet_trainer(tmp_path, callbacks=[callback], max_epochs=0).fit(model, loader())
 
 
 def test_bad_settings_are_refused(tmp_path):

@@ -57,13 +57,21 @@ def test_training_can_be_repeated_by_its_seed(tmp_path) -> None:
     assert not torch.equal(weights(third), weights(second))
 
 
-def test_resuming_ranks_have_streams_of_their_own() -> None:
-    state = fresh_generator(rank=0).get_state()
-    assert torch.equal(resumed_generator(state, 0).get_state(), state)
-    draws = {int(torch.randint(2**62, (), generator=resumed_generator(state, r))) for r in range(4)}
+def test_ranks_resume_their_streams_and_further_ones_begin_others() -> None:
+    states = [fresh_generator(rank).get_state() for rank in range(2)]
+    resumed = [resumed_generator(states, rank) for rank in range(4)]
+    for state, generator in zip(states, resumed, strict=False):
+        assert torch.equal(generator.get_state(), state)
+    draws = {int(torch.randint(2**62, (), generator=each)) for each in resumed}
     assert len(draws) == 4
-    again = {int(torch.randint(2**62, (), generator=resumed_generator(state, r))) for r in range(4)}
-    assert again == draws
+    again = [resumed_generator(states, rank) for rank in range(4)]
+    assert {int(torch.randint(2**62, (), generator=each)) for each in again} == draws
+
+
+def test_a_checkpoint_that_holds_the_state_of_the_first_rank_alone_is_resumed() -> None:
+    callback, state = Flipout(), fresh_generator(rank=0).get_state()
+    callback.load_state_dict({**callback.state_dict(), "noise": state})
+    assert torch.equal(callback._saved_noise[0], state)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

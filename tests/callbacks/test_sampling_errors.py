@@ -12,13 +12,14 @@ from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import nn
 
-from lightning_revflip.callbacks import Flipout, SGLDSampler
+from lightning_revflip.callbacks import EvolutionStrategies, Flipout, SGLDSampler
 from lightning_revflip.callbacks._sampler_settings import check_trainer
 from lightning_revflip.flipout import DropConnect
 from lightning_revflip.posterior import ChainWriter, Layout, SampleBank, chain
 from lightning_revflip.sgld import SGHMC, SGLD, CyclicalSchedule
 from tests.helpers.models import quiet_trainer
 from tests.helpers.sampled_models import POINTS, Blobs, blobs, fit, loader, sampler, sgd
+from tests.helpers.train_evolution import SETTINGS, WithLosses, evolution_module
 
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but")
 
@@ -166,11 +167,19 @@ def test_flipout_is_refused(tmp_path, first):
         fit(tmp_path, *(callbacks if first else reversed(callbacks)))
 
 
+@pytest.mark.parametrize("callback", [True, False], ids=["callback", "module"])
+def test_evolution_strategies_are_refused(tmp_path, callback):
+    model = WithLosses() if callback else evolution_module()
+    callbacks = [EvolutionStrategies(**SETTINGS)] if callback else []
+    with pytest.raises(MisconfigurationException, match="by the gradient of the loss"):
+        fit(tmp_path, sampler(tmp_path), *callbacks, model=model)
+
+
 def test_strategies_that_cut_up_parameters_are_refused(tmp_path):
     trainer = quiet_trainer(tmp_path)
     trainer.strategy.__class__ = DeepSpeedStrategy  # it cannot be made without the package
     with pytest.raises(MisconfigurationException, match="needs all parameters in each process"):
-        check_trainer(trainer)
+        check_trainer(trainer, blobs())
 
 
 def test_an_unknown_network_names_those_that_there_are(tmp_path):

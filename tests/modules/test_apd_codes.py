@@ -20,11 +20,13 @@ from tests.helpers.models import quiet_trainer
 )
 def test_each_sample_is_on_one_side_and_chains_are_divided_alike(lengths, holdout):
     train, held_out = split_by_time(lengths, holdout)
+    # One sample by itself could not be compared with any other.
+    alone = 2 if sum(round(holdout * length) for length in lengths) == 1 else 1
     assert sorted(train + held_out) == list(range(sum(lengths)))
     start = 0
     for length in lengths:
         own = [index for index in held_out if start <= index < start + length]
-        assert len(own) == round(holdout * length)
+        assert len(own) == min(length, alone * round(holdout * length))
         blocks = sum(index + 1 not in own for index in own)
         assert blocks <= 4
         start += length
@@ -75,6 +77,21 @@ def test_a_loader_goes_on_from_where_it_was(given):
     assert torch.equal(torch.stack(found), torch.stack(expected[given:]))
 
 
+@pytest.mark.parametrize("given", [2, 6])
+def test_the_next_loader_goes_on_from_the_state_of_the_data_module(tmp_path, given):
+    bank = write_bank(tmp_path / "bank", normal_rows(40)[0])
+    whole, first, other = (codes_of(bank, batches_per_epoch=6)[1] for _ in range(3))
+    for each in (whole, first, other):
+        each.setup("fit")
+    loader = whole.train_dataloader()
+    expected = [*loader, *loader]
+    iterator = iter(first.train_dataloader())
+    for _ in range(given):
+        next(iterator)
+    other.load_state_dict(first.state_dict())
+    assert torch.equal(next(iter(other.train_dataloader())), expected[given])
+
+
 def test_settings_out_of_range_are_refused(tmp_path):
     bank = write_bank(tmp_path / "bank", normal_rows(10)[0])
     for settings, message in [
@@ -84,9 +101,16 @@ def test_settings_out_of_range_are_refused(tmp_path):
     ]:
         with pytest.raises(ValueError, match=message):
             codes_of(bank, **settings)
-    _, data = codes_of(bank, holdout=0.1)
-    with pytest.raises(ValueError, match="leaves one of 10 samples.*larger share, or 0"):
+    _, data = codes_of(bank, holdout=0.99)
+    with pytest.raises(ValueError, match="no samples to train on: holdout=0.99 keeps 10"):
         data.setup("fit")
+
+
+@pytest.mark.parametrize("samples", range(6, 15))
+def test_a_small_bank_is_divided_by_the_default_share(tmp_path, samples):
+    _, data = codes_of(write_bank(tmp_path / "bank", normal_rows(samples)[0]))
+    data.setup("fit")
+    assert (len(data.train_codes), len(data.val_codes)) == (samples - 2, 2)
 
 
 def test_a_bank_of_another_architecture_is_refused(tmp_path):

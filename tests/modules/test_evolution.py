@@ -15,6 +15,7 @@ from lightning.pytorch import LightningDataModule
 from torch import nn
 from torch.optim import SGD, Adam
 
+from lightning_revflip.callbacks import Flipout
 from lightning_revflip.cli import RevflipCLI
 from lightning_revflip.flipout.evolution import FlipoutES
 from lightning_revflip.modules import EvolutionModule
@@ -167,6 +168,12 @@ WRONG_SETTINGS = [
     ({"loss": "ce"}, "loss must be a function of outputs and targets.*got 'ce'"),
     ({"loss": nn.CrossEntropyLoss()}, "reduction='mean'.*CrossEntropyLoss.reduction='none'"),
 ]
+
+
+def test_layers_that_a_callback_converts_are_refused(tmp_path):
+    trainer = quiet_trainer(tmp_path, callbacks=[Flipout()])
+    with pytest.raises(ValueError, match=r"cannot differ in the parameters of 0 \(FlipoutLinear\)"):
+        trainer.fit(evolution_module(), loader())
 
 
 def test_bad_input_is_refused(tmp_path):
