@@ -260,7 +260,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--long", action="store_true", help="10,000 steps of a small model, with segments too")
     add("--plot", action="store_true", help="only draw the figure, from the results file")
     add("--output", default="language_model", help="name of the results file and the figure")
-    add("--figures", type=Path, default=Path("docs"), help="folder of the figure")
+    add("--figures", type=Path, default=Path("runs"), help="folder of the figure")
     given = parser.parse_args(argv)
     parser.set_defaults(**LONG if given.long else CUDA if given.device == "cuda" else CPU)
     return parser.parse_args(argv)
@@ -293,6 +293,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not options.quick:
             console.print(f"written to {measure.write(options.output, rows, options.device)}")
     if not options.quick and not options.long:
+        options.figures.mkdir(parents=True, exist_ok=True)
         draw(rows).savefig(options.figures / f"{options.output}.png", dpi=120)
 
 
