@@ -69,8 +69,13 @@ them, so that `convert` leaves these children alone."""
 SPEC_KEY = "conversion"
 """Key of a serialised spec in a callback's state."""
 
-
 _RECORD = "_lightning_revflip_conversions"
+"""Attribute of a model in which its conversions are recorded."""
+
+_loading = threading.Lock()
+"""Held while `load_from_checkpoint` has a class changed."""
+
+M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -103,7 +108,11 @@ class ConversionSpec:
 
     @classmethod
     def from_dict(cls, state: Mapping[str, Any]) -> "ConversionSpec":
-        """The spec that `to_dict` gave."""
+        """The spec that `to_dict` described.
+
+        Args:
+            state: what `to_dict` returned, for example from a file.
+        """
         return cls([Conversion(**conversion) for conversion in state["conversions"]])
 
 
@@ -145,7 +154,7 @@ def convert(
         UserWarning: naming the modules that are left alone because a parent of theirs does not call
             them, like the `out_proj` of an nn.MultiheadAttention.
 
-    Example:
+    Examples:
         >>> from lightning_revflip.reversible import RevGRU
         >>> model = nn.Sequential(nn.Embedding(10, 8), nn.GRU(8, 16))
         >>> convert(model, {nn.GRU: RevGRU}, max_forget_bits=2.0).conversions[0].paths
@@ -186,6 +195,10 @@ def apply_spec(module: nn.Module, spec: ConversionSpec) -> None:
     What was done to this model before, with the same arguments, is not done again. Replacements are
     called by the names in the spec: one that is not your own must come from `spec_of_checkpoint`.
 
+    Args:
+        module: changed in place.
+        spec: what `convert` returned.
+
     Raises:
         ValueError: if a path is missing, or holds a module of another type. What comes before it in
             the spec has been done and is recorded then.
@@ -211,7 +224,11 @@ def apply_spec(module: nn.Module, spec: ConversionSpec) -> None:
 
 
 def recorded_spec(module: nn.Module) -> ConversionSpec:
-    """Everything that was converted in a model, by `convert`, `apply_spec` or a callback."""
+    """Everything that was converted in a model, by `convert`, `apply_spec` or a callback.
+
+    Args:
+        module: the model that was given to them, not a part of it.
+    """
     return vars(module).get(_RECORD, ConversionSpec())  # type: ignore[no-any-return]
 
 
@@ -228,7 +245,7 @@ def spec_of_checkpoint(checkpoint: Mapping[str, Any]) -> ConversionSpec:
         ValueError: if it names a replacement other than a class with `from_standard` or `upgrade`:
             what a file names is not called unless it is made for this.
 
-    Example:
+    Examples:
         >>> checkpoint = torch.load("model.ckpt", weights_only=True)  # doctest: +SKIP
         >>> apply_spec(network, spec_of_checkpoint(checkpoint))  # doctest: +SKIP
         >>> network.load_state_dict(checkpoint["state_dict"])  # doctest: +SKIP
@@ -242,9 +259,6 @@ def spec_of_checkpoint(checkpoint: Mapping[str, Any]) -> ConversionSpec:
     for conversion in found:
         check_replacement(conversion.replacement)
     return ConversionSpec(found)
-
-
-M = TypeVar("M", bound=nn.Module)
 
 
 def load_from_checkpoint(cls: type[M], path: str | Path | IO[bytes], **kwargs: Any) -> M:
@@ -283,9 +297,6 @@ def load_from_checkpoint(cls: type[M], path: str | Path | IO[bytes], **kwargs: A
                 del loadable.on_load_checkpoint
             else:
                 loadable.on_load_checkpoint = own
-
-
-_loading = threading.Lock()
 
 
 def _prepared(

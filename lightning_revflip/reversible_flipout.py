@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_revflip.flipout.layer import Estimator, PerturbedLayer
-from lightning_revflip.flipout.perturbations import Perturbation, sample
+from lightning_revflip.flipout.perturbation_sample import sample
+from lightning_revflip.flipout.perturbations import Perturbation
 from lightning_revflip.reversible import RecurrentPerturbation, RevGRU, RevLSTM
 from lightning_revflip.reversible.rnn_base import ReversibleRNNBase
 
@@ -148,7 +149,7 @@ class FlipoutRevLSTM(_FlipoutReversible, RevLSTM):
     Raises:
         ValueError: for settings that do not fit together.
 
-    Example:
+    Examples:
         >>> from lightning_revflip.flipout import DropConnect
         >>> rnn = FlipoutRevLSTM(8, 16, perturbation=DropConnect())
         >>> output, (h_n, c_n) = rnn(torch.randn(70, 4, 8))

@@ -231,8 +231,9 @@ def chain_path(path: str | Path, chain: int) -> str:
         path: of the checkpoint, which is the file of chain 0.
         chain: number of the chain.
 
-    >>> chain_path("checkpoints/last.ckpt", 2)
-    'checkpoints/chain-0002/last.ckpt'
+    Examples:
+        >>> chain_path("checkpoints/last.ckpt", 2)
+        'checkpoints/chain-0002/last.ckpt'
     """
     # A folder of its own: Lightning takes all files beside it that begin with `last` for the last.
     folder, name = os.path.split(path)

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
+from lightning_revflip.posterior.fitted import normal_rows
 from lightning_revflip.posterior.gaussian import LowRankGaussian
 from lightning_revflip.posterior.layout import Layout
-from lightning_revflip.posterior.moments import Rows, moments
+from lightning_revflip.posterior.moments import Rows, check_finite, moments
 
 
 class Codec(ABC):
@@ -67,6 +68,10 @@ class Codec(ABC):
     def check_layout(self, layout: Layout, what: str) -> None:
         """Raise unless samples of a layout can be encoded.
 
+        Args:
+            layout: of the samples.
+            what: whose layout that is, for the message.
+
         Raises:
             ValueError: for another architecture, naming the first difference.
         """
@@ -91,7 +96,11 @@ class Codec(ABC):
 
     @staticmethod
     def from_tensors(settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Codec:
-        """The codec of which these are `settings()` and `to_tensors()`, of whichever class.
+        """The codec that was saved as these settings and tensors, of whichever class.
+
+        Args:
+            settings: what `settings()` returned.
+            tensors: what `to_tensors()` returned.
 
         Raises:
             ValueError: for a class of codec that there is not, and tensors of other shapes.
@@ -125,7 +134,7 @@ class ParameterCodec(Codec):
     Args:
         gaussian: has the mean, the components, and what they leave out of each weight.
 
-    Example:
+    Examples:
         >>> bank = SampleBank("runs/mnist/bank")  # doctest: +SKIP
         >>> codec = ParameterCodec.fit(bank, rank=20)  # doctest: +SKIP
         >>> codec.encode(bank.rows([0, 1])).shape  # doctest: +SKIP
@@ -175,23 +184,13 @@ class ParameterCodec(Codec):
         codes = _checked_codes(codes, self.size)
         rows = self.gaussian.mean.expand(len(codes), -1)
         if self.gaussian.residual_std is not None:
-            noise = torch.empty(rows.shape)
-            for row in noise:
-                row.normal_(generator=generator)
+            noise = normal_rows(len(codes), self.layout.numel, generator)
             rows = noise.mul_(self.gaussian.residual_std).add_(self.gaussian.mean)
         weights = codes * self.gaussian.component_std
         return torch.addmm(rows, weights, self.gaussian.components.float())
 
     def to_tensors(self) -> dict[str, Tensor]:
-        gaussian = self.gaussian
-        tensors = {
-            "mean": gaussian.mean,
-            "components": gaussian.components,
-            "component_std": gaussian.component_std,
-        }
-        if gaussian.residual_std is not None:
-            tensors["residual_std"] = gaussian.residual_std
-        return tensors
+        return self.gaussian.to_tensors()
 
     @classmethod
     def _restore(cls, layout: Layout, num_samples: int, tensors: Mapping[str, Tensor]) -> Self:
@@ -220,6 +219,9 @@ class IdentityCodec(Codec):
     @classmethod
     def fit(cls, bank: Rows) -> Self:
         """Read all samples once, to count and to check them.
+
+        Args:
+            bank: samples, such as a `SampleBank`.
 
         Raises:
             ValueError: for fewer than two samples, and values that are not finite.
@@ -250,6 +252,11 @@ class IdentityCodec(Codec):
 def encode_all(codec: Codec, bank: Rows, chunk_size: int = 64) -> Tensor:
     """Codes of all samples of a bank, which are read in chunks.
 
+    Args:
+        codec: makes codes.
+        bank: samples, such as a `SampleBank`.
+        chunk_size: samples that are in memory at a time.
+
     Returns:
         Shape (K, size), float32, on the CPU.
 
@@ -263,14 +270,8 @@ def encode_all(codec: Codec, bank: Rows, chunk_size: int = 64) -> Tensor:
 
 def _checked_rows(rows: Tensor, layout: Layout) -> Tensor:
     """Rows in float32 on the CPU."""
-    parts = layout.unflatten(rows)  # raises for another number of columns
     rows = rows.detach().to("cpu", torch.float32)
-    if not rows.isfinite().all():
-        name = next(name for name, part in parts.items() if not part.isfinite().all())
-        raise ValueError(
-            f"samples of {name} have values that are not finite. Leave out the samples from where "
-            "training diverged."
-        )
+    check_finite(rows, layout)
     return rows
 
 

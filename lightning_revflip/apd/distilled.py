@@ -19,15 +19,15 @@ from typing_extensions import Self
 from lightning_revflip.apd.codec import Codec, ParameterCodec
 from lightning_revflip.apd.networks import Generator, standardized
 from lightning_revflip.posterior.files import write_file
+from lightning_revflip.posterior.fitted import FittedPosterior
 from lightning_revflip.posterior.layout import Parameters
-from lightning_revflip.posterior.protocol import Posterior
-from lightning_revflip.posterior.tensor_folder import load_tensors, save_tensors
+from lightning_revflip.posterior.tensor_folder import load_tensors
 
 _FORMAT = "lightning_revflip.distilled"
 _VERSION = "1"
 
 
-class DistilledPosterior(Posterior):
+class DistilledPosterior(FittedPosterior):
     """Samples of all weights from a generator that was trained on samples, instead of the samples.
 
     theta = codec.decode(generator(z)),    z ~ N(0, 1)             (Wang et al., 2018, 1806.10317)
@@ -42,7 +42,7 @@ class DistilledPosterior(Posterior):
     Raises:
         ValueError: if the generator makes codes of another size than the codec's.
 
-    Example:
+    Examples:
         >>> posterior = DistilledPosterior.load("runs/mnist/apd.safetensors")  # doctest: +SKIP
         >>> posterior.predict(network, images, n=50).shape  # doctest: +SKIP
         torch.Size([50, 128, 10])
@@ -74,38 +74,13 @@ class DistilledPosterior(Posterior):
             generator = standardized(generator, torch.Generator().manual_seed(0))
         return cls(codec, generator, num_samples=codec.num_samples)
 
-    def sample(self, n: int, generator: torch.Generator | None = None) -> Parameters:
-        """Draw `n` samples.
-
-        They hold parameters only. Buffers, such as the statistics of batch normalization, belong
-        to one sample: re-estimate them, see `reestimate_buffers`.
-
-        Args:
-            n: number of samples.
-            generator: a CPU generator to draw from; None: torch's global one.
-
-        Returns:
-            Values by name, shape (n, *shape), float32, on the CPU.
-
-        Raises:
-            ValueError: for n below 1.
-        """
-        return next(self.sample_chunks(n, max(1, n), generator))
-
-    def sample_chunks(
-        self, n: int, chunk_size: int, generator: torch.Generator | None = None
+    def draw_chunks(
+        self, n: int, chunk_size: int, generator: torch.Generator | None
     ) -> Iterator[Parameters]:
-        if n < 1:
-            raise ValueError(f"n must be at least 1, got {n}.")
-        if chunk_size < 1:
-            raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")
         # All latent vectors first: samples do not depend on the size of chunks then.
         for latents in torch.split(self.generator.draw_latents(n, generator), chunk_size):
             codes = self.generator(latents)
             yield self.layout.unflatten(self.codec.decode(codes, generator))
-
-    def __len__(self) -> int:
-        return self.num_samples
 
     def __repr__(self) -> str:
         return (
@@ -115,24 +90,22 @@ class DistilledPosterior(Posterior):
 
     # --- storage -----------------------------------------------------------------------------
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the numbers that `save` writes, without the names and headers beside them."""
-        return sum(tensor.nbytes for tensor in self._tensors().values())
+    def to_tensors(self) -> dict[str, Tensor]:
+        """The tensors of the codec and of the generator, by name."""
+        parts = {"codec": self.codec.to_tensors(), "generator": self.generator.state_dict()}
+        return {
+            f"{part}.{name}": tensor.contiguous()
+            for part, tensors in parts.items()
+            for name, tensor in tensors.items()
+        }
 
-    def save(self, path: str | PathLike[str]) -> None:
-        """Write it into a folder: `config.json` and a safetensors file.
-
-        What an earlier call wrote there is replaced, at once and only if all could be written.
-
-        Args:
-            path: the folder.
-
-        Raises:
-            FileExistsError: if the folder holds other files.
-            OSError: if writing fails; what was saved before stays valid then.
-        """
-        save_tensors(path, type(self).__name__, self._values(), self._tensors())
+    def settings(self) -> dict[str, Any]:
+        """The settings of both, and the number of samples, as plain values."""
+        return {
+            "codec": self.codec.settings(),
+            "generator": self.generator.settings(),
+            "num_samples": self.num_samples,
+        }
 
     def export(self, path: str | PathLike[str]) -> None:
         """Write it into one safetensors file, which `load` reads.
@@ -143,7 +116,7 @@ class DistilledPosterior(Posterior):
         Raises:
             OSError: if writing fails; a file that was there stays as it was then.
         """
-        values, tensors = json.dumps(self._values()), self._tensors()
+        values, tensors = json.dumps(self.settings()), self.to_tensors()
         metadata = {"format": _FORMAT, "version": _VERSION, "values": values}
         metadata["crc32"] = _checksum(safetensors.torch.save(tensors), values)
         path = Path(path)
@@ -153,6 +126,9 @@ class DistilledPosterior(Posterior):
     @classmethod
     def load(cls, path: str | PathLike[str]) -> Self:
         """Read the folder that `save` wrote, or the file that `export` wrote.
+
+        Args:
+            path: the folder or the file.
 
         Raises:
             FileNotFoundError: if there is nothing.
@@ -167,21 +143,6 @@ class DistilledPosterior(Posterior):
         generator = Generator(**values["generator"])
         generator.load_state_dict(_part(tensors, "generator"))
         return cls(codec, generator, num_samples=values["num_samples"])
-
-    def _values(self) -> dict[str, Any]:
-        return {
-            "codec": self.codec.settings(),
-            "generator": self.generator.settings(),
-            "num_samples": self.num_samples,
-        }
-
-    def _tensors(self) -> dict[str, Tensor]:
-        parts = {"codec": self.codec.to_tensors(), "generator": self.generator.state_dict()}
-        return {
-            f"{part}.{name}": tensor.contiguous()
-            for part, tensors in parts.items()
-            for name, tensor in tensors.items()
-        }
 
 
 def _part(tensors: dict[str, Tensor], part: str) -> dict[str, Tensor]:

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
+from lightning_revflip.posterior.fitted import normal_rows
+
 
 class Generator(nn.Module):
     """Codes of latent vectors, which are drawn from N(0, 1).
@@ -28,7 +30,7 @@ class Generator(nn.Module):
     Raises:
         ValueError: for sizes below 1, and for `skip` between different sizes.
 
-    Example:
+    Examples:
         >>> generator = Generator(8, 8, hidden=[16], skip=True)
         >>> z = generator.draw_latents(3)
         >>> generator(z).equal(z)
@@ -68,19 +70,28 @@ class Generator(nn.Module):
         return layer
 
     def forward(self, latents: Tensor) -> Tensor:
-        """Codes, shape (n, code_size), of latent vectors, shape (n, latent_size)."""
+        """Codes of latent vectors.
+
+        Args:
+            latents: shape (n, latent_size).
+
+        Returns:
+            Shape (n, code_size).
+        """
         codes: Tensor = self.layers(latents)
         return codes if self.skip_weight is None else codes + latents @ self.skip_weight.T
 
     def draw_latents(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """`n` latent vectors, each drawn on its own from a CPU generator or torch's global one.
+        """Draw latent vectors.
+
+        Args:
+            n: how many.
+            generator: a CPU generator to draw from; None: torch's global one.
 
         Returns:
             Shape (n, latent_size), on the device and in the dtype of the network.
         """
-        latents = torch.empty(n, self.latent_size)
-        for row in latents:
-            row.normal_(generator=generator)
+        latents = normal_rows(n, self.latent_size, generator)
         return latents.to(next(self.parameters()))
 
     def settings(self) -> dict[str, Any]:
@@ -165,7 +176,14 @@ class Critic(nn.Module):
                     parametrizations.spectral_norm(layer)
 
     def forward(self, codes: Tensor) -> Tensor:
-        """Shape (n,), of codes of shape (n, code_size)."""
+        """What the critic makes of codes.
+
+        Args:
+            codes: shape (n, code_size).
+
+        Returns:
+            Shape (n,).
+        """
         values: Tensor = self.layers(codes)
         return values.squeeze(-1)
 

@@ -54,7 +54,7 @@ def distil(
         ValueError: for a rank out of range, negative steps, and samples that are not finite.
         FileNotFoundError: for a folder that is not there.
 
-    Example:
+    Examples:
         >>> distil("runs/mnist/bank", rank=20).export("mnist.safetensors")  # doctest: +SKIP
     """
     if steps < 0:

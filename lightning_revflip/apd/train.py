@@ -49,7 +49,7 @@ class Adversaries(nn.Module):
     Raises:
         ValueError: for negative weights, a decay outside [0, 1), and sizes that differ.
 
-    Example:
+    Examples:
         >>> networks = Adversaries(Generator(2, 2, [8]), Critic(2, [8]))
         >>> critic, generator = networks.optimizers(lr=1e-3)
         >>> found = networks.step(torch.randn(5, 16, 2), critic, generator)
@@ -91,7 +91,12 @@ class Adversaries(nn.Module):
     def optimizers(
         self, lr: float = 1e-4, betas: tuple[float, float] = (0.5, 0.9)
     ) -> tuple[torch.optim.Adam, torch.optim.Adam]:
-        """Adam for the critic, and for the generator; by default with the paper's settings."""
+        """Adam for the critic, and for the generator; by default with the paper's settings.
+
+        Args:
+            lr: learning rate of both.
+            betas: decays of their averages.
+        """
         critic = torch.optim.Adam(self.critic.parameters(), lr=lr, betas=betas)
         generator = torch.optim.Adam(self.generator.parameters(), lr=lr, betas=betas)
         return critic, generator

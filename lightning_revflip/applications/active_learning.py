@@ -75,7 +75,7 @@ class ActiveLearning:
     Raises:
         ValueError: for arguments that do not fit each other, and for a file of other settings.
 
-    Example:
+    Examples:
         >>> from lightning_revflip.applications import ActiveLearning, Pool
         >>> inputs, labels = (
         ...     torch.tensor([[-2.0], [2], [-1], [1], [0]]),

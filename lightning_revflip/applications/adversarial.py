@@ -17,6 +17,7 @@ from lightning_revflip.applications.predictors import (
     device_of,
 )
 from lightning_revflip.applications.tables import markdown_table
+from lightning_revflip.posterior.uncertainty import negative_log_likelihood
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ def under_attack(
             attack.
         TypeError: for a victim or source that is no predictor.
 
-    Example:
+    Examples:
         >>> from lightning_revflip.applications import NetworkPredictor, under_attack
         >>> inputs, labels = torch.rand(20, 4), torch.arange(20) % 3
         >>> report = under_attack(NetworkPredictor(torch.nn.Linear(4, 3)), inputs, labels, [0, 0.1])
@@ -137,12 +138,10 @@ def under_attack(
 
 
 def _row(epsilon: float, clean: Tensor, attacked: Tensor, labels: Tensor) -> UnderAttack:
-    mean = attacked.double().mean(0)
-    likelihood = mean[torch.arange(len(labels)), labels]
-    smallest = torch.finfo(torch.float32).tiny  # softmax rounds less than that to 0
+    predicted = attacked.double().mean(0).argmax(-1)
     return UnderAttack(
         epsilon=epsilon,
-        accuracy=float((mean.argmax(-1) == labels).double().mean()),
-        nll=float(-likelihood.clamp(min=smallest).log().mean()),
+        accuracy=float((predicted == labels).double().mean()),
+        nll=float(negative_log_likelihood(attacked, labels).mean()),
         auroc={name: found.auroc for name, found in detection(clean, attacked).items()},
     )

@@ -109,6 +109,12 @@ def detection(inside: Tensor, outside: Tensor) -> dict[str, Detection]:
     Args:
         inside: probabilities of inputs of the data, shape (networks, N, classes).
         outside: probabilities of anomalies, shape (networks, M, classes).
+
+    Returns:
+        By the name of the score, those of `anomaly_scores`.
+
+    Raises:
+        ValueError: as `anomaly_scores`, and if either has no inputs.
     """
     of_inside, of_outside = anomaly_scores(inside), anomaly_scores(outside)
     found = {}
@@ -150,7 +156,7 @@ def detect_anomalies(
             none.
         TypeError: for what is no predictor.
 
-    Example:
+    Examples:
         >>> from lightning_revflip.applications import NetworkPredictor, detect_anomalies
         >>> data, noise = torch.ones(50, 4), 9 * torch.rand(50, 4)
         >>> report = detect_anomalies(NetworkPredictor(torch.nn.Linear(4, 3)), data, {"n": noise})
@@ -181,6 +187,12 @@ def detect_anomalies(
 
 
 def draw(inputs: Tensor, size: int, seed: int) -> Tensor:
-    """Different inputs, drawn at random and in random order; all of them if there are no more."""
+    """Different inputs, drawn at random and in random order.
+
+    Args:
+        inputs: shape (N, ...).
+        size: how many; all of them if there are no more.
+        seed: of what is drawn.
+    """
     generator = torch.Generator().manual_seed(seed)
     return inputs[torch.randperm(len(inputs), generator=generator)[:size]]

@@ -15,12 +15,28 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".pgm", ".ppm", ".tif", ".t
 
 
 def uniform_noise(shape: Sequence[int], generator: torch.Generator | None = None) -> Tensor:
-    """Numbers from 0 to 1, all equally likely, in a shape (number of images, ...)."""
+    """Numbers from 0 to 1, all equally likely.
+
+    Args:
+        shape: (number of images, channels, height, width), or any other.
+        generator: a CPU generator to draw from; None: torch's global one.
+
+    Returns:
+        float32, of that shape.
+    """
     return torch.rand(*shape, generator=generator)
 
 
 def gaussian_noise(shape: Sequence[int], generator: torch.Generator | None = None) -> Tensor:
-    """Normal numbers with mean 1/2 and standard deviation 1/4, clipped to 0 and 1."""
+    """Normal numbers with mean 1/2 and standard deviation 1/4, clipped to 0 and 1.
+
+    Args:
+        shape: as for `uniform_noise`.
+        generator: likewise.
+
+    Returns:
+        float32, of that shape.
+    """
     return torch.randn(*shape, generator=generator).mul_(0.25).add_(0.5).clamp_(0, 1)
 
 

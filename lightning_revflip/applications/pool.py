@@ -18,7 +18,7 @@ class Pool:
     Raises:
         ValueError: for examples that there are not, or that come twice.
 
-    Example:
+    Examples:
         >>> pool = Pool(5, labelled=[3])
         >>> pool.label([0])
         >>> pool.labelled, pool.unlabelled
@@ -73,11 +73,14 @@ class Pool:
         return self.size - len(self._order)
 
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
-        """Different examples without labels, drawn at random, int64, shape (count,).
+        """Different examples without labels, drawn at random.
 
         Args:
             count: number of examples.
             generator: a CPU generator to draw from.
+
+        Returns:
+            int64, shape (count,).
 
         Raises:
             ValueError: if there are fewer.
@@ -88,6 +91,9 @@ class Pool:
 
     def label(self, examples: Sequence[int] | Tensor) -> None:
         """Note that some more examples have labels.
+
+        Args:
+            examples: their numbers, in the order in which they were labelled.
 
         Raises:
             ValueError: for examples that there are not or that are labelled already, and for those
@@ -108,6 +114,9 @@ class Pool:
 
     def check_remaining(self, count: int) -> None:
         """Raise unless so many examples are not labelled yet.
+
+        Args:
+            count: how many are to be labelled.
 
         Raises:
             ValueError: if there are fewer.

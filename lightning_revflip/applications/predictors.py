@@ -101,7 +101,7 @@ class Predictor(ABC):
 class NetworkPredictor(Predictor):
     """One network, as it is.
 
-    Example:
+    Examples:
         >>> predictor = NetworkPredictor(nn.Linear(4, 3))
         >>> predictor(torch.ones(8, 4)).shape
         torch.Size([1, 8, 3])

@@ -13,7 +13,7 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], names: 
         rows: cells.
         names: so many columns from the left are names, aligned left; others are numbers.
 
-    Example:
+    Examples:
         >>> print(markdown_table(["name", "n"], [["a", "1"], ["b", "20"]]))
         | name |  n |
         |------|---:|

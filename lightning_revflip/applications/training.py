@@ -28,7 +28,7 @@ class LightningTraining:
             module, and of a module as it was before, into which samples of weights can be put.
         folder: its subfolder `training` is emptied by each call, and given to `trainer`.
 
-    Example:
+    Examples:
         >>> training = LightningTraining(
         ...     model=lambda: Classifier(image_shape=(1, 28, 28), num_classes=10),
         ...     loader=lambda x, y: DataLoader(TensorDataset(x, y), batch_size=32, shuffle=True),

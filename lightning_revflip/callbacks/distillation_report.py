@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from torch import Tensor, nn
@@ -15,7 +14,7 @@ from torch.utils.data import DataLoader
 from lightning_revflip.callbacks._distillation_figures import marginals_figure, projections_figure
 from lightning_revflip.callbacks.loggers import figure_loggers, log_figure
 from lightning_revflip.modules.apd import APDModule
-from lightning_revflip.posterior import predictive_entropy
+from lightning_revflip.posterior import negative_log_likelihood, predictive_entropy
 
 _SEED = 0
 
@@ -135,8 +134,6 @@ def evaluate(
 
 
 def _sums(probs: Tensor, y: Tensor) -> Tensor:
-    mean = probs.double().mean(0)
-    correct = (mean.argmax(1) == y).sum()
-    likely = mean.clamp_min(torch.finfo(probs.dtype).tiny)  # what float32 rounds to 0 stays finite
-    nll = F.nll_loss(likely.log(), y, reduction="sum")
+    correct = (probs.double().mean(0).argmax(1) == y).sum()
+    nll = negative_log_likelihood(probs, y).sum()
     return torch.stack([correct, nll, predictive_entropy(probs).sum()]).double()

@@ -168,7 +168,7 @@ def check_native() -> Iterator[Finding]:
 
 def check_triton() -> Finding:
     """Whether reversible layers use Triton on the GPU, if there is one."""
-    from lightning_revflip.reversible.kernels import _triton_runs_on
+    from lightning_revflip.reversible.kernels import triton_runs_on
 
     device = default_device()
     if device.type != "cuda":
@@ -177,7 +177,7 @@ def check_triton() -> Finding:
         return Finding("note", "triton", "not installed, so reversible layers are slow on CUDA")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        runs = _triton_runs_on(device)
+        runs = triton_runs_on(device)
     version = metadata.version("triton")
     if runs:
         return Finding("ok", "triton", f"{version}, in use")

@@ -27,7 +27,7 @@ def provenance(device: torch.device | str = "cpu") -> dict[str, Any]:
         the `commit` of the working directory and whether files differ from it (`dirty`; files that
         git does not track do not count). Without git or a repository there is no `git`.
 
-    Example:
+    Examples:
         >>> sorted(provenance())[-2:]
         ['threads', 'versions']
     """

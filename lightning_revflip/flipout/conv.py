@@ -102,7 +102,7 @@ class FlipoutConv2d(_FlipoutConv, nn.Conv2d):
     Raises:
         ValueError: for settings that do not fit together, such as local reparameterization.
 
-    Example:
+    Examples:
         >>> layer = FlipoutConv2d(3, 16, kernel_size=3, padding=1)
         >>> layer(torch.randn(8, 3, 32, 32)).shape
         torch.Size([8, 16, 32, 32])

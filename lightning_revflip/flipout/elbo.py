@@ -30,7 +30,7 @@ def kl(model: nn.Module) -> Tensor:
     Raises:
         ValueError: if no weight has a prior.
 
-    Example:
+    Examples:
         >>> from lightning_revflip.flipout import FlipoutLinear, Gaussian
         >>> layer = FlipoutLinear(2, 1, perturbation=Gaussian(init_std=1.0, prior_std=1.0))
         >>> torch.allclose(kl(layer), layer.weight.square().sum() / 2, atol=1e-5)

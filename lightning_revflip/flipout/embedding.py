@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from lightning_revflip.flipout.draw import Draw
 from lightning_revflip.flipout.layer import Estimator, PerturbedLayer
 from lightning_revflip.flipout.noise import hashed_signs
-from lightning_revflip.flipout.perturbations import Perturbation, sample
+from lightning_revflip.flipout.perturbation_sample import sample
+from lightning_revflip.flipout.perturbations import Perturbation
 
 
 class FlipoutEmbedding(PerturbedLayer, nn.Embedding):
@@ -38,7 +39,7 @@ class FlipoutEmbedding(PerturbedLayer, nn.Embedding):
     Raises:
         ValueError: for settings that do not fit together or are not supported.
 
-    Example:
+    Examples:
         >>> layer = FlipoutEmbedding(100, 16)
         >>> layer(torch.randint(100, (8, 20))).shape
         torch.Size([8, 20, 16])

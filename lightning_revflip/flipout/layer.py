@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import zlib
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from lightning_revflip.flipout.perturbations import Gaussian, Perturbation
 Estimator = Literal["flipout", "local_reparameterization", "shared"]
 Mode = Literal["flipout", "shared", "mean"]
 
-ESTIMATORS = ("flipout", "local_reparameterization", "shared")
+ESTIMATORS = get_args(Estimator)
 
 Shared = MutableMapping[nn.Parameter, list[nn.Parameter]]
 """Spread parameters by their weight, by which tied weights share them."""
@@ -116,7 +116,12 @@ class PerturbedLayer(nn.Module):
 
     @staticmethod
     def names_to_perturb(module: nn.Module, **arguments: Any) -> Sequence[str]:
-        """Names of the weights of a plain layer that a flipout layer in its place perturbs."""
+        """Names of the weights of a plain layer that a flipout layer in its place perturbs.
+
+        Args:
+            module: the plain layer.
+            arguments: of this class alone, as for `upgrade`.
+        """
         return ("weight",)
 
     def perturbed_names(self) -> Sequence[str]:
@@ -124,7 +129,11 @@ class PerturbedLayer(nn.Module):
         return ("weight",)
 
     def spread(self, name: str) -> list[Tensor]:
-        """The parameters of the perturbation of a weight."""
+        """The parameters of the perturbation of a weight.
+
+        Args:
+            name: of the weight.
+        """
         return [getattr(self, f"{name}_{suffix}") for suffix in self.perturbation.spread_names]
 
     def perturbed_weights(self) -> Iterator[PerturbedWeight]:
@@ -144,10 +153,8 @@ class PerturbedLayer(nn.Module):
 
     def _initial_spread(self, mean: Tensor) -> list[Tensor]:
         """What the perturbation says, checked."""
-        initial, names = (
-            self.perturbation.initial_spread(mean.detach()),
-            self.perturbation.spread_names,
-        )
+        names = self.perturbation.spread_names
+        initial = self.perturbation.initial_spread(mean.detach())
         if [value.shape for value in initial] != [mean.shape] * len(names):
             shapes = ", ".join(str(tuple(value.shape)) for value in initial) or "none"
             raise ValueError(
@@ -224,7 +231,19 @@ class PerturbedLayer(nn.Module):
         base_perturbations: int = 1,
         **arguments: Any,
     ) -> None:
-        """Raise a ValueError if `upgrade` could not be called; changes nothing."""
+        """Raise unless `upgrade` could be called with these arguments; changes nothing.
+
+        Args:
+            module: as for `upgrade`.
+            perturbation: likewise.
+            estimator: likewise.
+            base_perturbations: likewise.
+            arguments: likewise.
+
+        Raises:
+            ValueError: for settings that do not fit together, arguments that there are not, and
+                weights that are no parameters.
+        """
         known = inspect.signature(cls._configure).parameters
         unknown = [name for name in arguments if name not in known]
         if unknown:
@@ -263,6 +282,10 @@ class PerturbedLayer(nn.Module):
             estimator: how examples of a batch are perturbed.
             base_perturbations: how many independent dW a batch gets.
             arguments: arguments of this class alone.
+
+        Raises:
+            ValueError: as `check_upgrade`, and for a weight that is tied to one with another kind
+                of perturbation.
         """
         cls.check_upgrade(
             module,
@@ -300,7 +323,11 @@ class PerturbedLayer(nn.Module):
 
     @classmethod
     def shared_parameters(cls, module: nn.Module) -> dict[nn.Parameter, list[nn.Parameter]]:
-        """The spread parameters of a flipout layer by their weight, for `upgrade`."""
+        """The spread parameters of a flipout layer by their weight, for `upgrade`.
+
+        Args:
+            module: the flipout layer.
+        """
         assert isinstance(module, PerturbedLayer)
         parameters: Any = {w.mean: w.spread for w in module.perturbed_weights()}
         return parameters  # type: ignore[no-any-return]

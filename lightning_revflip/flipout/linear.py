@@ -39,7 +39,7 @@ class FlipoutLinear(PerturbedLayer, nn.Linear):
     Raises:
         ValueError: for settings that do not fit together, or an input without that dimension.
 
-    Example:
+    Examples:
         >>> layer = FlipoutLinear(20, 5)
         >>> layer(torch.randn(8, 20)).shape, layer.weight_rho.shape
         (torch.Size([8, 5]), torch.Size([5, 20]))

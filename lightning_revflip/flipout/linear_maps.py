@@ -28,7 +28,13 @@ class LinearMap(ABC):
 
     @abstractmethod
     def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """The map."""
+        """The map.
+
+        Args:
+            x: examples first.
+            weight: as torch's own function takes it.
+            bias: (outputs,), or None.
+        """
 
     @abstractmethod
     def grads(
@@ -41,7 +47,16 @@ class LinearMap(ABC):
         by_weight: bool = False,
         by_bias: bool = False,
     ) -> Grads:
-        """Gradients by the input, the weight and the bias, where wanted."""
+        """Gradients by the input, the weight and the bias.
+
+        Args:
+            grad: gradient by the output.
+            x: that `apply` got.
+            weight: that `apply` got.
+            by_x: whether the first is wanted.
+            by_weight: likewise.
+            by_bias: likewise.
+        """
 
     @abstractmethod
     def features(self, x: Tensor) -> int:

@@ -29,7 +29,7 @@ from lightning_revflip.flipout.divergence import (
     inverse_softplus,
     softplus,
 )
-from lightning_revflip.flipout.noise import LIBRARY, composing, native, normal, seeded, signs
+from lightning_revflip.flipout.noise import LIBRARY, native, normal, seeded, signs
 
 Spread = Sequence[Tensor]
 """The parameters of `scale` for one weight, each of the shape of the weight."""
@@ -56,14 +56,32 @@ class Perturbation(ABC):
         Args:
             like: has the shape, dtype and device of the result.
             generator: to draw from, of the same device; None: torch's global one.
+
+        Returns:
+            In the shape, dtype and device of `like`.
         """
 
     @abstractmethod
     def scale(self, mean: Tensor, *spread: Tensor) -> Tensor:
-        """What noise is multiplied by, differentiable; its size is the standard deviation of dW."""
+        """What noise is multiplied by, differentiable; its size is the standard deviation of dW.
+
+        Args:
+            mean: the weight without perturbation.
+            spread: the parameters in `spread_names`, each in its shape.
+
+        Returns:
+            In the shape of the weight.
+        """
 
     def initial_spread(self, mean: Tensor) -> list[Tensor]:
-        """Initial values of the parameters in `spread_names`, each in the shape of `mean`."""
+        """Initial values of the parameters in `spread_names`.
+
+        Args:
+            mean: the weight.
+
+        Returns:
+            One tensor for each, in the shape of the weight.
+        """
         return []
 
     @property
@@ -72,11 +90,28 @@ class Perturbation(ABC):
         return False
 
     def kl(self, mean: Tensor, *spread: Tensor) -> Tensor | None:
-        """Divergence of the weights' distribution from the prior, summed, in nats."""
+        """Divergence of the weights' distribution from the prior.
+
+        Args:
+            mean: the weight.
+            spread: its parameters.
+
+        Returns:
+            A scalar in nats, the sum over all weights; None without a prior.
+        """
         return None
 
     def add_kl_gradient(self, mean: Tensor, spread: Spread, weight: float) -> Tensor | None:
-        """Add `weight` times the gradient of `kl` to `.grad` of the parameters; returns `kl`."""
+        """Add `weight` times the gradient of `kl` to `.grad` of the parameters.
+
+        Args:
+            mean: the weight.
+            spread: its parameters.
+            weight: factor of the gradient.
+
+        Returns:
+            What `kl` returns, without a graph.
+        """
         wanted = [parameter for parameter in (mean, *spread) if parameter.requires_grad]
         with torch.enable_grad():
             value = self.kl(mean, *spread)
@@ -100,7 +135,13 @@ class Perturbation(ABC):
         return self.noise(like, seeded(seed, like.device))
 
     def sample(self, mean: Tensor, spread: Spread, seed: int) -> Tensor:
-        """The dW of a seed; not differentiable, see `vjp`."""
+        """The dW of a seed; not differentiable, see `vjp`.
+
+        Args:
+            mean: the weight.
+            spread: its parameters.
+            seed: of the noise.
+        """
         return self.scale(mean, *spread) * self.unit_noise(mean, seed)
 
     def vjp(
@@ -189,7 +230,7 @@ class Gaussian(_StandardNormal):
     Raises:
         ValueError: for a standard deviation that is not positive and finite.
 
-    Example:
+    Examples:
         >>> Gaussian(init_std=0.02)
         Gaussian(init_std=0.02, prior_std=1.0, learnable=True)
     """
@@ -330,66 +371,6 @@ class DropConnect(Perturbation):
             LIBRARY.call("signs_times", x.numel(), seed, x, out)
             return out
         return self.unit_noise(x, seed).mul_(x)
-
-
-class PerturbationSample(torch.autograd.Function):
-    """dW as a function of mean and spread; the noise is drawn again in the backward pass."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, perturbation: Perturbation, seed: int, mean: Tensor, *spread: Tensor
-    ) -> Tensor:
-        ctx.perturbation, ctx.seed = perturbation, seed
-        ctx.save_for_backward(mean, *spread)
-        return perturbation.sample(mean, spread, seed)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        check_first_derivative()
-        mean, *spread = ctx.saved_tensors
-        grad = grad.clone(memory_format=torch.contiguous_format)
-        _, grad_mean, grad_spread = ctx.perturbation.vjp(mean, spread, ctx.seed, grad)
-        return None, None, grad_mean, *grad_spread
-
-
-def sample(perturbation: Perturbation, seed: int | None, mean: Tensor, spread: Spread) -> Tensor:
-    """The dW of a seed, differentiable with respect to mean and spread.
-
-    Without a seed the noise is drawn from torch's global generators, as code under `torch.func` and
-    `torch.compile` has to.
-    """
-    if seed is None:
-        return perturbation.scale(mean, *spread) * perturbation.noise(mean, None)
-    if composing():
-        noise: Tensor = _noise_outside_transforms(perturbation, seed, mean)
-        return perturbation.scale(mean, *spread) * noise
-    delta: Tensor = PerturbationSample.apply(perturbation, seed, mean, *spread)  # type: ignore[no-untyped-call]
-    return delta
-
-
-def _noise_outside_transforms(perturbation: Perturbation, seed: int, mean: Tensor) -> Tensor:
-    """The noise of a seed in code that torch transforms, where `mean` may have no memory."""
-    shape, dtype, device = mean.shape, mean.dtype, mean.device
-    with torch._C._DisableFuncTorch():
-        return perturbation.unit_noise(torch.empty(shape, dtype=dtype, device=device), seed)
-
-
-# What torch.compiler.disable sets, without importing the compiler, which takes 2 s.
-_noise_outside_transforms._torchdynamo_disable = True  # type: ignore[attr-defined]
-
-
-def check_first_derivative() -> None:
-    """Raise in a backward pass that is to be differentiated itself.
-
-    torch's `once_differentiable` lets it through in silence where the incoming gradient requires
-    none.
-    """
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            "double backward through a flipout layer is not supported: its gradient cannot be "
-            "differentiated again (create_graph=True). Use torch.func, sampling(model, 'mean'), or "
-            "a plain layer for this."
-        )
 
 
 def _positive(name: str, value: float) -> float:

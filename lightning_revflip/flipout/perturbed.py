@@ -18,12 +18,8 @@ from torch import Tensor
 from lightning_revflip.flipout.draw import Draw
 from lightning_revflip.flipout.linear_maps import LinearMap
 from lightning_revflip.flipout.noise import composing
-from lightning_revflip.flipout.perturbations import (
-    Perturbation,
-    Spread,
-    check_first_derivative,
-    sample,
-)
+from lightning_revflip.flipout.perturbation_sample import check_first_derivative, sample
+from lightning_revflip.flipout.perturbations import Perturbation, Spread
 
 _AUTOCAST = (torch.float32, torch.float16, torch.bfloat16)
 """What autocast converts."""

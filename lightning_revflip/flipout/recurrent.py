@@ -13,7 +13,8 @@ from torch.nn.utils.rnn import PackedSequence
 from lightning_revflip.flipout.draw import Draw
 from lightning_revflip.flipout.layer import Estimator, PerturbedLayer
 from lightning_revflip.flipout.noise import composing
-from lightning_revflip.flipout.perturbations import Perturbation, sample
+from lightning_revflip.flipout.perturbation_sample import sample
+from lightning_revflip.flipout.perturbations import Perturbation
 from lightning_revflip.flipout.recurrent_cells import GRU, LSTM, Cell
 from lightning_revflip.flipout.recurrent_pass import Setting, Weight, recurrent_pass
 from lightning_revflip.flipout.recurrent_rows import Steps
@@ -274,7 +275,7 @@ class FlipoutLSTM(_FlipoutRNN, nn.LSTM):
         ValueError: for settings that do not fit together, such as local reparameterization, for a
             projection, or in a call for an input without steps.
 
-    Example:
+    Examples:
         >>> layer = FlipoutLSTM(8, 16, batch_first=True, bidirectional=True)
         >>> output, (h_n, c_n) = layer(torch.randn(4, 35, 8))
         >>> output.shape, h_n.shape, layer.weight_hh_l0_rho.shape
@@ -309,7 +310,7 @@ class FlipoutLSTM(_FlipoutRNN, nn.LSTM):
 class FlipoutGRU(_FlipoutRNN, nn.GRU):
     """nn.GRU whose weights are perturbed independently for each sequence, see `FlipoutLSTM`.
 
-    Example:
+    Examples:
         >>> layer = FlipoutGRU(8, 16, perturbed=("weight_hh",))
         >>> output, h_n = layer(torch.randn(35, 4, 8))
         >>> output.shape, h_n.shape

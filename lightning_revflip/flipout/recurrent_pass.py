@@ -17,12 +17,8 @@ from torch import Tensor
 
 from lightning_revflip.flipout.draw import Draw
 from lightning_revflip.flipout.noise import composing
-from lightning_revflip.flipout.perturbations import (
-    Perturbation,
-    Spread,
-    check_first_derivative,
-    sample,
-)
+from lightning_revflip.flipout.perturbation_sample import check_first_derivative, sample
+from lightning_revflip.flipout.perturbations import Perturbation, Spread
 from lightning_revflip.flipout.recurrent_cells import Cell
 from lightning_revflip.flipout.recurrent_rows import PerturbedProduct, Steps, weight_grad
 

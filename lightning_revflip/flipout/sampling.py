@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from lightning_revflip.flipout.layer import Mode, PerturbedLayer, Sampling
 from lightning_revflip.flipout.noise import NoiseSource
 from lightning_revflip.flipout.noise_checks import check_symmetric
 
-_MODES = ("flipout", "shared", "mean")
+_MODES = get_args(Mode)
 
 
 @contextmanager
@@ -41,7 +41,7 @@ def sampling(
         ValueError: for an unknown mode, a model without flipout layers, a generator of another
             device, or noise that is not symmetric in mode `flipout`.
 
-    Example:
+    Examples:
         >>> from lightning_revflip.flipout import FlipoutLinear
         >>> model, x = nn.Sequential(FlipoutLinear(4, 2)).eval(), torch.ones(3, 4)
         >>> with torch.no_grad(), sampling(model, "shared"):
@@ -101,7 +101,7 @@ def sample_n(
     Raises:
         ValueError: for `n` below 1, outputs other than tensors, and as `sampling`.
 
-    Example:
+    Examples:
         >>> from lightning_revflip.flipout import FlipoutLinear
         >>> sample_n(FlipoutLinear(4, 2).eval(), torch.ones(3, 4), n=5).shape
         torch.Size([5, 3, 2])

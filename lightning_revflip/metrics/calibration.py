@@ -21,7 +21,7 @@ class EnsembleCalibrationError(MulticlassCalibrationError):
         n_bins: number of bins.
         kwargs: arguments of torchmetrics' MulticlassCalibrationError.
 
-    Example:
+    Examples:
         >>> import torch
         >>> metric = EnsembleCalibrationError(num_classes=2)
         >>> probs = torch.tensor([[[0.9, 0.1]], [[0.7, 0.3]]])  # two samples, one example

@@ -30,7 +30,7 @@ class OutOfDistributionDetection(Metric):
     Args:
         kwargs: arguments of torchmetrics.Metric.
 
-    Example:
+    Examples:
         >>> metric = OutOfDistributionDetection()
         >>> metric.update(torch.tensor([0.1, 0.2, 0.4]), torch.tensor([False, False, True]))
         >>> metric.update(torch.tensor([0.3]), torch.tensor([True]))

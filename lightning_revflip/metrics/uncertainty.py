@@ -60,7 +60,7 @@ class PredictiveEntropy(_MeanUncertainty):
     Args:
         kwargs: arguments of torchmetrics.Metric.
 
-    Example:
+    Examples:
         >>> metric = PredictiveEntropy()
         >>> metric.update(torch.full((20, 8, 10), 0.1))
         >>> metric.compute()
@@ -76,7 +76,7 @@ class MutualInformation(_MeanUncertainty):
     Args:
         kwargs: arguments of torchmetrics.Metric.
 
-    Example:
+    Examples:
         >>> metric = MutualInformation()
         >>> metric.update(torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]]]))
         >>> metric.compute()
@@ -92,7 +92,7 @@ class VariationRatio(_MeanUncertainty):
     Args:
         kwargs: arguments of torchmetrics.Metric.
 
-    Example:
+    Examples:
         >>> metric = VariationRatio()
         >>> metric.update(torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]]]))
         >>> metric.compute()

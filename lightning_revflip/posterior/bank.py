@@ -51,7 +51,7 @@ class SampleBank(Posterior):
         ValueError: for a folder that is no bank, chains of different layouts, a bank of a later
             format, and damaged files.
 
-    Example:
+    Examples:
         >>> bank = SampleBank("runs/mnist/bank")  # doctest: +SKIP
         >>> bank  # doctest: +SKIP
         SampleBank('runs/mnist/bank': 80 samples of 79,510 parameters, 4 chains, float16)

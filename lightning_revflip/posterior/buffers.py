@@ -43,7 +43,7 @@ def reestimate_buffers(
         ValueError: for a module without such statistics, no batches, and samples that do not fit
             the module.
 
-    Example:
+    Examples:
         >>> network = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
         >>> samples = {"0.weight": torch.randn(20, 3, 4)}
         >>> buffers = reestimate_buffers(network, samples, [torch.randn(64, 4)])

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
+from lightning_revflip.posterior.fitted import FittedPosterior, normal_rows
 from lightning_revflip.posterior.layout import Layout, Parameters
 from lightning_revflip.posterior.moments import (
     Rows,
@@ -18,72 +19,24 @@ from lightning_revflip.posterior.moments import (
     moments,
     principal_components,
 )
-from lightning_revflip.posterior.protocol import Posterior
-from lightning_revflip.posterior.tensor_folder import load_tensors, save_tensors
+from lightning_revflip.posterior.tensor_folder import load_tensors
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-class _Gaussian(Posterior):
+class _Gaussian(FittedPosterior):
     """What the two have in common: parameters are mean + (a linear map of normal numbers)."""
 
-    num_samples: int
-    """How many samples it was fitted to."""
-
-    def sample(self, n: int, generator: torch.Generator | None = None) -> Parameters:
-        """Draw `n` samples.
-
-        They hold parameters only. Buffers, such as the statistics of batch normalization, belong
-        to one sample and have no mean: re-estimate them, see `reestimate_buffers`.
-
-        Args:
-            n: number of samples.
-            generator: a CPU generator to draw from; None: torch's global one. The numbers of a
-                sample do not depend on how many are drawn at a time.
-
-        Returns:
-            Values by name, shape (n, *shape), float32, on the CPU.
-
-        Raises:
-            ValueError: for n below 1.
-        """
-        if n < 1:
-            raise ValueError(f"n must be at least 1, got {n}.")
-        noise = torch.empty(n, self._noise_size)
-        for row in noise:
-            row.normal_(generator=generator)
-        return self.layout.unflatten(self._rows(noise))
-
-    def sample_chunks(
-        self, n: int, chunk_size: int, generator: torch.Generator | None = None
+    def draw_chunks(
+        self, n: int, chunk_size: int, generator: torch.Generator | None
     ) -> Iterator[Parameters]:
-        if chunk_size < 1:
-            raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")
         for start in range(0, n, chunk_size):
-            yield self.sample(min(chunk_size, n - start), generator)
+            noise = normal_rows(min(chunk_size, n - start), self._noise_size, generator)
+            yield self.layout.unflatten(self._rows(noise))
 
-    def __len__(self) -> int:
-        return self.num_samples
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the numbers that `save` writes, without the names and headers beside them."""
-        return sum(tensor.nbytes for tensor in self._tensors().values())
-
-    def save(self, path: str | PathLike[str]) -> None:
-        """Write it into a folder: `config.json` and a safetensors file.
-
-        What an earlier call wrote there is replaced, at once and only if all could be written.
-
-        Args:
-            path: the folder.
-
-        Raises:
-            FileExistsError: if the folder holds other files.
-            OSError: if writing fails; what was saved before stays valid then.
-        """
-        values = {"layout": self.layout.to_json(), "num_samples": self.num_samples}
-        save_tensors(path, type(self).__name__, values, self._tensors())
+    def settings(self) -> dict[str, Any]:
+        """Layout and number of samples, as plain values."""
+        return {"layout": self.layout.to_json(), "num_samples": self.num_samples}
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> Self:
@@ -103,10 +56,6 @@ class _Gaussian(Posterior):
     def _rows(self, noise: Tensor) -> Tensor:
         """Samples, shape (n, P), of normal numbers, shape (n, _noise_size)."""
 
-    @abstractmethod
-    def _tensors(self) -> dict[str, Tensor]:
-        """The numbers that define it, by the names of the constructor's arguments."""
-
 
 class DiagonalGaussian(_Gaussian):
     """Independent normal distributions of all parameters.
@@ -120,7 +69,7 @@ class DiagonalGaussian(_Gaussian):
     Raises:
         ValueError: for other shapes.
 
-    Example:
+    Examples:
         >>> bank = SampleBank("runs/mnist/bank")  # doctest: +SKIP
         >>> DiagonalGaussian.fit(bank).save("runs/mnist/diagonal")  # doctest: +SKIP
     """
@@ -130,7 +79,7 @@ class DiagonalGaussian(_Gaussian):
         self.mean = mean
         self.std = std
         self.num_samples = num_samples
-        _check_shapes(self._tensors(), mean=(layout.numel,), std=(layout.numel,))
+        _check_shapes(self.to_tensors(), mean=(layout.numel,), std=(layout.numel,))
 
     @classmethod
     def fit(cls, bank: Rows) -> Self:
@@ -156,7 +105,7 @@ class DiagonalGaussian(_Gaussian):
     def _rows(self, noise: Tensor) -> Tensor:
         return noise.mul_(self.std).add_(self.mean)
 
-    def _tensors(self) -> dict[str, Tensor]:
+    def to_tensors(self) -> dict[str, Tensor]:
         return {"mean": self.mean, "std": self.std}
 
 
@@ -179,7 +128,7 @@ class LowRankGaussian(_Gaussian):
     Raises:
         ValueError: for other shapes and dtypes.
 
-    Example:
+    Examples:
         >>> bank = SampleBank("runs/mnist/bank")  # doctest: +SKIP
         >>> gaussian = LowRankGaussian.fit(bank, rank=20)  # doctest: +SKIP
         >>> gaussian.predict(network, images, n=50).shape  # doctest: +SKIP
@@ -205,7 +154,7 @@ class LowRankGaussian(_Gaussian):
         size, rank = layout.numel, len(component_std)
         _check_dtype(components.dtype)
         _check_shapes(
-            self._tensors(),
+            self.to_tensors(),
             mean=(size,),
             components=(rank, size),
             component_std=(rank,),
@@ -311,15 +260,15 @@ class LowRankGaussian(_Gaussian):
         weights = noise[:, : self.rank] * self.component_std
         return torch.addmm(rows, weights, self.components.float())
 
-    def _tensors(self) -> dict[str, Tensor]:
+    def to_tensors(self) -> dict[str, Tensor]:
         tensors = {
             "mean": self.mean,
             "components": self.components,
             "component_std": self.component_std,
         }
-        return (
-            tensors if self.residual_std is None else {**tensors, "residual_std": self.residual_std}
-        )
+        if self.residual_std is not None:
+            tensors["residual_std"] = self.residual_std
+        return tensors
 
 
 def _check_rank(rank: int, least: int, count: int) -> None:

@@ -23,7 +23,7 @@ class Layout:
         names: names in the module, each once.
         shapes: their shapes.
 
-    Example:
+    Examples:
         >>> layout = Layout.of_parameters(nn.Linear(2, 3))
         >>> layout.names, layout.shapes, layout.numel
         (('weight', 'bias'), ((3, 2), (3,)), 9)
@@ -50,6 +50,9 @@ class Layout:
 
         Frozen parameters are no part of a sample: they stay the module's own.
 
+        Args:
+            module: holds the parameters.
+
         Raises:
             ValueError: if no parameter requires a gradient.
         """
@@ -63,7 +66,11 @@ class Layout:
 
     @classmethod
     def of_buffers(cls, module: nn.Module) -> Layout:
-        """The persistent buffers, such as the statistics of batch normalization; may be empty."""
+        """The persistent buffers, such as the statistics of batch normalization; may be empty.
+
+        Args:
+            module: holds the buffers.
+        """
         transient = {
             f"{path}.{name}".lstrip(".")
             for path, part in module.named_modules(remove_duplicate=False)
@@ -186,7 +193,14 @@ class Layout:
             ) from None
 
     def check_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Raise unless the tensors have exactly the names and shapes of the layout."""
+        """Raise unless the tensors have exactly the names and shapes of the layout.
+
+        Args:
+            tensors: by name.
+
+        Raises:
+            ValueError: naming the first difference.
+        """
         for name, shape in self.by_name.items():
             if name not in tensors:
                 raise ValueError(f"{name!r} of shape {shape} is missing.")
@@ -204,5 +218,9 @@ class Layout:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Layout:
-        """The inverse of `to_json`."""
+        """The inverse of `to_json`.
+
+        Args:
+            values: what `to_json` returned.
+        """
         return cls(tuple(values["names"]), tuple(tuple(shape) for shape in values["shapes"]))

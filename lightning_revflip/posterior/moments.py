@@ -59,7 +59,7 @@ def moments(rows: Rows) -> Moments:
         raise ValueError(
             f"a Gaussian is fitted to at least 2 samples, got {count}. Collect more of them."
         )
-    _check_finite(rows.layout, squares)
+    check_finite(squares.unsqueeze(0), rows.layout)
     return Moments(count, mean, squares / (count - 1))
 
 
@@ -133,12 +133,20 @@ def _products(rows: Rows, found: Moments) -> Tensor:
     return products  # eigh reads the lower triangle
 
 
-def _check_finite(layout: Layout, squares: Tensor) -> None:
-    if squares.isfinite().all():
-        return
-    parts = layout.unflatten(squares.unsqueeze(0)).items()
-    name = next(name for name, part in parts if not part.isfinite().all())
-    raise ValueError(
-        f"samples of {name} have values that are not finite. Leave out the samples from where "
-        "training diverged."
-    )
+def check_finite(rows: Tensor, layout: Layout) -> None:
+    """Raise if samples have NaN or infinite values.
+
+    Args:
+        rows: samples, or what is not finite where one of them is not, shape (n, P).
+        layout: names of the parameters.
+
+    Raises:
+        ValueError: naming the first parameter that has such values, or for another number of
+            columns.
+    """
+    for name, part in layout.unflatten(rows).items():
+        if not part.isfinite().all():
+            raise ValueError(
+                f"samples of {name} have values that are not finite. Leave out the samples from "
+                "where training diverged."
+            )

@@ -77,7 +77,7 @@ def predict(
             of samples, and chunk_size below 1.
         TypeError: if the result for a sample is no tensor.
 
-    Example:
+    Examples:
         >>> network = nn.Linear(4, 3)
         >>> samples = {"weight": torch.randn(20, 3, 4), "bias": torch.randn(20, 3)}
         >>> predict(network, samples, torch.ones(8, 4)).shape
@@ -94,7 +94,19 @@ def predict_chunks(
     chunk_size: int | None = None,
     transform: Transform | None = softmax,
 ) -> Tensor:
-    """As `predict`, of samples that come in several parts, of which one is in use at a time."""
+    """As `predict`, of samples that come in several parts, of which one is in use at a time.
+
+    Args:
+        module: as for `predict`, like the arguments that are not named here.
+        chunks: the parts, each as the `parameters` of `predict`.
+        x: see there.
+        chunk_size: see there.
+        transform: see there.
+
+    Raises:
+        ValueError: as `predict`.
+        TypeError: as `predict`.
+    """
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")
     predictor = _Predictor(module, x, chunk_size, transform)

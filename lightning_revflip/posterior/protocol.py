@@ -41,7 +41,16 @@ class Posterior(ABC):
     def sample_chunks(
         self, n: int, chunk_size: int, generator: torch.Generator | None = None
     ) -> Iterator[Parameters]:
-        """The samples of `sample(n, generator)`, at most `chunk_size` at a time."""
+        """The samples of `sample(n, generator)`, at most `chunk_size` at a time.
+
+        Args:
+            n: number of samples.
+            chunk_size: samples at a time.
+            generator: see `sample`.
+
+        Raises:
+            ValueError: for a chunk_size below 1, and as `sample`.
+        """
         if chunk_size < 1:
             raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")
         samples = self.sample(n, generator)
@@ -77,7 +86,7 @@ class Posterior(ABC):
         Raises:
             ValueError: for n or chunk_size below 1, and as for `check_module`.
 
-        Example:
+        Examples:
             >>> bank = SampleBank("runs/mnist/bank")  # doctest: +SKIP
             >>> bank.predict(network, images, n=20).shape  # doctest: +SKIP
             torch.Size([20, 128, 10])
@@ -109,12 +118,19 @@ class Posterior(ABC):
 
     @abstractmethod
     def save(self, path: str | PathLike[str]) -> None:
-        """Write it into a folder, from which `load` reads it."""
+        """Write it into a folder, from which `load` reads it.
+
+        Args:
+            path: the folder.
+        """
 
     @classmethod
     @abstractmethod
     def load(cls, path: str | PathLike[str]) -> Self:
         """Read what `save` wrote.
+
+        Args:
+            path: the folder.
 
         Raises:
             FileNotFoundError: if there is nothing.

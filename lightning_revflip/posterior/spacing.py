@@ -12,7 +12,7 @@ def shares(n: int, lengths: Sequence[int]) -> list[int]:
         n: number of samples, at most the sum of the lengths.
         lengths: samples in each chain.
 
-    Example:
+    Examples:
         >>> shares(20, [100, 3, 100, 100])
         [6, 3, 6, 5]
     """
@@ -30,7 +30,7 @@ def shares(n: int, lengths: Sequence[int]) -> list[int]:
 def evenly_spaced(n: int, length: int) -> list[int]:
     """The last element of each of `n` equal parts of 0 ... length - 1.
 
-    Example:
+    Examples:
         >>> evenly_spaced(4, 100), evenly_spaced(1, 100), evenly_spaced(3, 3)
         ([24, 49, 74, 99], [99], [0, 1, 2])
     """

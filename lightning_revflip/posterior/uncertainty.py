@@ -2,7 +2,8 @@
 
 All take probabilities of S samples for N examples and C classes, shape (S, N, C), and return one
 number an example, shape (N,). Entropies are in nats, with 0 log 0 = 0, and summed in float64:
-mutual information is a small difference of two of them.
+mutual information is a small difference of two of them. `negative_log_likelihood` also takes the
+true classes.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ def predictive_entropy(probs: Tensor) -> Tensor:
     Raises:
         ValueError: for another number of dimensions, NaN, and rows that are no probabilities.
 
-    Example:
+    Examples:
         >>> agreed, opposed = torch.tensor([[1.0, 0], [1, 0]]), torch.tensor([[1.0, 0], [0, 1]])
         >>> probs = torch.stack([agreed, opposed], 1)  # two samples, two examples
         >>> predictive_entropy(probs)
@@ -108,6 +109,46 @@ def max_probability(probs: Tensor) -> Tensor:
     return checked_probabilities(probs).mean(0).amax(-1).to(_result_dtype(probs))
 
 
+def negative_log_likelihood(probs: Tensor, labels: Tensor) -> Tensor:
+    """Negative log of the mean probability of the true class.
+
+    -log E_w p(y | x, w)
+
+    Probabilities below the smallest normal number of float32 count as that number: softmax rounds
+    them to 0, and one confident mistake would make a mean over examples infinite.
+
+    Args:
+        probs: as for `predictive_entropy`.
+        labels: true classes, int64, shape (N,).
+
+    Returns:
+        Shape (N,), in nats, from 0 to 87.4; float64, where the device has it.
+
+    Raises:
+        ValueError: as `predictive_entropy`, and for labels of another shape or dtype, or of no
+            class.
+
+    Examples:
+        >>> probs = torch.tensor([[[0.8, 0.2]], [[0.2, 0.8]]])  # two samples, one example
+        >>> negative_log_likelihood(probs, torch.tensor([0]))
+        tensor([0.6931], dtype=torch.float64)
+    """
+    mean = checked_probabilities(probs).mean(0)
+    examples, classes = mean.shape
+    if labels.shape != (examples,) or labels.dtype != torch.int64:
+        raise ValueError(
+            f"labels must be int64, one for each of {examples} examples, got {labels.dtype} of "
+            f"shape {tuple(labels.shape)}."
+        )
+    if examples and not (labels.min() >= 0 and labels.max() < classes):
+        raise ValueError(
+            f"labels must be from 0 to {classes - 1}, got {int(labels.min())} to "
+            f"{int(labels.max())}."
+        )
+    likelihood = mean.gather(1, labels.to(mean.device).unsqueeze(1)).squeeze(1)
+    return -likelihood.clamp_min(torch.finfo(torch.float32).tiny).log()
+
+
 def _entropy(probs: Tensor) -> Tensor:
     entropy: Tensor = torch.special.entr(probs).sum(-1)
     return entropy
@@ -118,7 +159,14 @@ def _result_dtype(probs: Tensor) -> torch.dtype:
 
 
 def checked_probabilities(probs: Tensor) -> Tensor:
-    """The probabilities in float64, where the device has it."""
+    """The probabilities in float64, where the device has it.
+
+    Args:
+        probs: as for `predictive_entropy`.
+
+    Raises:
+        ValueError: as `predictive_entropy`.
+    """
     if probs.dim() != 3 or 0 in (probs.shape[0], probs.shape[2]):
         raise ValueError(
             "probs must have the shape (samples, examples, classes), with at least one sample and "

@@ -73,7 +73,7 @@ class ChainWriter:
             settings, naming the first difference.
         RuntimeError: if another writer has the chain open.
 
-    Example:
+    Examples:
         >>> network = torch.nn.Linear(4, 2)
         >>> layout = Layout.of_parameters(network)
         >>> with ChainWriter("bank", layout, max_samples=100) as writer:  # doctest: +SKIP

@@ -1,4 +1,10 @@
-"""Exact reversible recurrences: GRU and LSTM training that stores only what was forgotten."""
+"""Exact reversible recurrences (MacKay et al., 2018, arXiv 1810.10999).
+
+Training of GRUs and LSTMs that stores only what was forgotten. Plain torch, without Lightning.
+`fixed_point.py` and `buffer.py` are the arithmetic, `cells.py` has the equations, `sweep.py` runs
+them over time in both directions, `rnn.py` are the layers, `sequence.py` whole models and
+`seq2seq.py` pairs of them with attention, and `report.py` says what was stored.
+"""
 
 from lightning_revflip.reversible.attention import LuongAttention
 from lightning_revflip.reversible.cross_entropy import LinearCrossEntropy

@@ -35,7 +35,7 @@ def allocated_bytes(run: Callable[[], object], device_type: str) -> AllocatedByt
     Raises:
         ValueError: for another device.
 
-    Example:
+    Examples:
         >>> allocated_bytes(lambda: torch.zeros(250), "cpu").peak >= 1000
         True
     """

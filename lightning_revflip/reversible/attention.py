@@ -28,7 +28,7 @@ class ContextSpec:
         Raises:
             ValueError: for anything else.
 
-        Example:
+        Examples:
             >>> ContextSpec.parse("embedding+slice:20")
             ContextSpec(embedding=True, units=20)
         """

@@ -1,4 +1,4 @@
-"""The one place with a `torch.autograd.Function`: a layer's forward and backward sweep.
+"""A layer's forward and backward sweep as one `torch.autograd.Function`.
 
 Forward keeps the input, the final state and the information buffer, and nothing per step. Backward
 walks the chunks in reverse order; each is undone exactly and differentiated. When it arrives at
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lightning_revflip.reversible.cells import Cell
-from lightning_revflip.reversible.errors import ReversalError
+from lightning_revflip.reversible.errors import ReversalError, refuse_double_backward
 from lightning_revflip.reversible.kernels.cuda_graph import ChunkReplay, graphs_enabled
 from lightning_revflip.reversible.layer_tensors import Gradients, LayerTensors
 from lightning_revflip.reversible.products import Products
@@ -39,7 +39,7 @@ class Settings:
 
 
 class ReversibleLayer(torch.autograd.Function):
-    """Outputs and final states of a layer; see `rnn.py` for how its arguments are made.
+    """Outputs and final states of a layer; see `rnn_base.py` for how its arguments are made.
 
     Arguments of `apply`: settings; x, (rows, input_size) or (steps, batch, input_size); the
     `LayerTensors` one by one; the initial h (and c), each (batch, hidden_size), or none of them.
@@ -81,13 +81,7 @@ class ReversibleLayer(torch.autograd.Function):
     def backward(
         ctx: Any, grad_out: Tensor | None, *grad_final: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        # torch's once_differentiable lets the second pass through in silence where the incoming
-        # gradient does not require one.
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "double backward through a reversible layer is not supported: its gradient cannot "
-                "be differentiated again (create_graph=True). Use nn.GRU or nn.LSTM for this."
-            )
+        refuse_double_backward("a reversible layer", "nn.GRU or nn.LSTM")
         settings: Settings = ctx.settings
         x, *saved = saved_tensors(ctx)
         tensors, rest = _split(saved)
@@ -191,7 +185,14 @@ def saved_tensors(ctx: Any) -> tuple[Any, ...]:
 
 
 def raise_not_finite(named: Mapping[str, Tensor | None]) -> NoReturn:
-    """Say which of the tensors that went into a forward sweep are not finite."""
+    """Say which of the tensors that went into a forward sweep are not finite.
+
+    Args:
+        named: the tensors by their names in the message.
+
+    Raises:
+        ValueError: always.
+    """
     found = [
         name for name, tensor in named.items() if tensor is not None and not tensor.isfinite().all()
     ]

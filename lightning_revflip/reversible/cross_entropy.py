@@ -19,13 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_revflip.reversible.errors import refuse_double_backward
 from lightning_revflip.reversible.products import Products, onednn_available
-from lightning_revflip.reversible.tables import (
-    cast,
-    multiplied_in,
-    refuse_double_backward,
-    total_of,
-)
+from lightning_revflip.reversible.tables import cast, multiplied_in, total_of
 
 _REDUCTIONS = ("sum", "mean", "none")
 
@@ -60,7 +56,7 @@ class LinearCrossEntropy(nn.Linear):
     Raises:
         ValueError: if an argument is out of its range.
 
-    Example:
+    Examples:
         >>> import torch
         >>> head = LinearCrossEntropy(8, 100)
         >>> hidden, target = torch.randn(5, 3, 8), torch.randint(100, (5, 3))
@@ -112,7 +108,14 @@ class LinearCrossEntropy(nn.Linear):
         return ", ".join([super().extra_repr(), *options])
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """What `nn.Linear` returns: (..., in_features) -> (..., V)."""
+        """What `nn.Linear` returns.
+
+        Args:
+            hidden: (..., in_features).
+
+        Returns:
+            Shape (..., V).
+        """
         return F.linear(hidden, self.weight, self.bias)
 
     def forward(  # type: ignore[override]
@@ -322,7 +325,7 @@ class _Stored(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        refuse_double_backward("LinearCrossEntropy")
+        refuse_double_backward("LinearCrossEntropy", "nn.Linear and F.cross_entropy")
         head, softmax, ctx.softmax = ctx.head, ctx.softmax, None
         if softmax is None:
             raise RuntimeError(
@@ -371,7 +374,7 @@ class _Recomputed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        refuse_double_backward("LinearCrossEntropy")
+        refuse_double_backward("LinearCrossEntropy", "nn.Linear and F.cross_entropy")
         head: _Head = ctx.head
         hidden, weight, _, classes, lse = ctx.saved_tensors  # which notices changes in place
         gradients = _Gradients(head, ctx)

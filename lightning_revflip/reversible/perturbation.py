@@ -33,7 +33,7 @@ class RecurrentPerturbation:
     Raises:
         ValueError: if only one of the signs is given.
 
-    Example:
+    Examples:
         >>> from lightning_revflip.reversible import RevGRU
         >>> class NoisyGRU(RevGRU):
         ...     def recurrent_perturbation(self, suffix, weight_hh, batch):

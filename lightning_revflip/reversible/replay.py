@@ -51,10 +51,26 @@ class SequenceNoise(nn.Module, ABC):
 
     @abstractmethod
     def draw(self, batch: int, device: torch.device) -> Tensor:
-        """Draw the noise of a batch of sequences from torch's global generators."""
+        """Draw the noise of a batch of sequences from torch's global generators.
+
+        Args:
+            batch: number of sequences.
+            device: of the result.
+
+        Returns:
+            Shape (batch, ...), or whatever `forward` makes use of.
+        """
 
     def noise(self, batch: int, device: torch.device) -> Tensor:
-        """The noise of the sequences that are running, or fresh noise."""
+        """The noise of the sequences that are running, or fresh noise; for `forward` to call.
+
+        Args:
+            batch: number of sequences.
+            device: of the result.
+
+        Returns:
+            What `draw` returned.
+        """
         replay = _current.get()
         if replay is not None and self in replay.noise:
             return replay.noise[self]
@@ -75,7 +91,7 @@ class LockedDropout(SequenceNoise):
     Raises:
         ValueError: for `p` outside [0, 1), or an input of another number of features.
 
-    Example:
+    Examples:
         >>> dropped = LockedDropout(4, p=0.5)(torch.ones(3, 2, 4))
         >>> bool((dropped[0] == dropped[2]).all())
         True
@@ -94,7 +110,14 @@ class LockedDropout(SequenceNoise):
         return F.dropout(torch.ones(batch, self.features, device=device), self.p)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Multiply by the mask."""
+        """Multiply by the mask.
+
+        Args:
+            x: input, see the class for its shape.
+
+        Raises:
+            ValueError: for another number of features or dimensions.
+        """
         if x.shape[-1] != self.features:
             raise ValueError(
                 f"LockedDropout({self.features}) got an input of {x.shape[-1]} features; give it "

@@ -127,11 +127,15 @@ class MemoryReport:
     """Memory of all reversible layers of a module in their last pass."""
 
     layers: list[LayerReport]
+    """One for each layer and direction."""
     peak_bytes: int | None = None
     """The allocator's peak over a step of the whole model, if `memory_report` ran one."""
 
     def within(self, prefix: str) -> "MemoryReport":
-        """The report of the layers below one of the module's parts, for example "encoder".
+        """The report of the layers within one of the module's parts.
+
+        Args:
+            prefix: name of the part, for example "encoder".
 
         Raises:
             ValueError: if there are none.
@@ -222,7 +226,7 @@ class MemoryReport:
         overhead = self.stored_bits / self.information_bits if self.information_bits else 1.0
         lines.append(
             f"kept {_size(self.kept_bytes)} instead of {_size(self.standard_bytes)}; buffers hold "
-            f"{_size(self.stored_bits / 8)}, {overhead:.2f} times the forgotten information; "
+            f"{_size(self.stored_bits / 8)}, {overhead:.2f} times the forgotten information\n"
             f"backward works in {_size(self.chunk_bytes)}, {self.chunk_steps} steps at a time"
         )
         if self.slice_bits:

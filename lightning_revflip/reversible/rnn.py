@@ -48,7 +48,7 @@ class RevGRU(ReversibleRNNBase, nn.GRU):
             shape or dtype, NaN or infinity, or a state outside the fixed-point range (|h| < 255).
         ReversalError: in the backward pass, if the recomputed states are not the original ones.
 
-    Example:
+    Examples:
         >>> import torch
         >>> rnn = RevGRU(8, 16, num_layers=2)
         >>> output, h_n = rnn(torch.randn(70, 4, 8))
@@ -93,7 +93,7 @@ class RevLSTM(ReversibleRNNBase, nn.LSTM):
     f, o, g. Initial states must stay below 2047 in magnitude; no sequence of inputs can leave the
     range then.
 
-    Example:
+    Examples:
         >>> import torch
         >>> rnn = RevLSTM(8, 16, batch_first=True, bidirectional=True)
         >>> output, (h_n, c_n) = rnn(torch.randn(4, 70, 8))

@@ -28,7 +28,10 @@ _ROWS_PER_CHUNK = 256
 
 
 class ReversibleRNNBase(nn.RNNBase):
-    """A stack of reversible layers; `rnn.py` documents arguments and parameters."""
+    """A stack of reversible layers; `RevGRU` documents arguments and parameters.
+
+    Subclasses give `make_cell` and `unsupported`.
+    """
 
     def __init__(
         self,
@@ -313,7 +316,14 @@ class ReversibleRNNBase(nn.RNNBase):
             self.cell.fixed_point.check(torch.zeros(1), "the zero state", growth)
 
     def effective_weights(self, suffix: str) -> tuple[Tensor, Tensor, Tensor | None]:
-        """weight_ih, weight_hh and the sum of the biases, or None, of a layer and direction."""
+        """The weights of a layer and direction that a pass computes with.
+
+        Args:
+            suffix: of the parameters, for example "l0" or "l1_reverse".
+
+        Returns:
+            weight_ih, weight_hh and the sum of the biases, or None.
+        """
         bias = None
         if self.bias:
             bias = getattr(self, f"bias_ih_{suffix}") + getattr(self, f"bias_hh_{suffix}")
@@ -365,7 +375,15 @@ class ReversibleRNNBase(nn.RNNBase):
         together: bool = False,
         segments: int = 1,
     ) -> None:
-        """Remember for `memory_report` what a forward sweep over a layer and direction stored."""
+        """Remember for `memory_report` what a forward sweep over a layer and direction stored.
+
+        Args:
+            suffix: of its parameters.
+            layer: that was swept.
+            state: at the end of the sweep.
+            together: whether all layers work on a chunk at the same time.
+            segments: parts of the sequence whose first state is kept.
+        """
         schedule = layer.schedule
         counts = layer.gate_counts.clone()  # a backward sweep with segments goes on counting
         self.last_passes[suffix] = Pass(

@@ -58,7 +58,7 @@ class RevEncoder(nn.Module):
         ValueError: for another context, and for what a ReversibleSequence does not accept; when
             called, for lengths that do not fit.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch import nn
         >>> from lightning_revflip.reversible import RevLSTM
@@ -150,7 +150,7 @@ class RevDecoder(nn.Module):
         ValueError: for what a ReversibleSequence does not accept; when called, for lengths that do
             not fit, and a source whose context has another size than the attention takes.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch import nn
         >>> from lightning_revflip.reversible import LinearCrossEntropy, RevLSTM

@@ -82,7 +82,7 @@ class ReversibleSequence(nn.Module):
             or cannot be replayed.
         ReversalError: if the recomputed states are not the original ones.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch import nn
         >>> from lightning_revflip.reversible import LinearCrossEntropy, RevLSTM

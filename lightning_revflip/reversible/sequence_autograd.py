@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_revflip.reversible.autograd import saved_tensors
+from lightning_revflip.reversible.errors import refuse_double_backward
 from lightning_revflip.reversible.results import Results
 from lightning_revflip.reversible.sequence_pass import (
     MaybeTensor,
@@ -80,11 +81,7 @@ class ReversibleSequenceFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: MaybeTensor) -> tuple[MaybeTensor, ...]:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "double backward through a ReversibleSequence is not supported: its gradient "
-                "cannot be differentiated again (create_graph=True)."
-            )
+        refuse_double_backward("a ReversibleSequence", "the plain modules with nn.GRU or nn.LSTM")
         if hasattr(ctx, "gradients"):
             return (None, *_scaled(ctx, grads[0]))
         plan: SequencePlan = ctx.plan

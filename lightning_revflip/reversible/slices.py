@@ -37,7 +37,7 @@ class HiddenSlice(nn.Module):
     Raises:
         ValueError: for a negative number.
 
-    Example:
+    Examples:
         >>> HiddenSlice(2)(torch.arange(6.0).view(2, 3))
         tensor([[0., 1.],
                 [3., 4.]])

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from lightning_revflip.reversible.errors import refuse_double_backward
 from lightning_revflip.reversible.products import Products, onednn_available
 
 _active: ContextVar[tuple["InPlaceGradients", ...]] = ContextVar("active", default=())
@@ -50,7 +51,7 @@ class InPlaceGradients(TorchFunctionMode):
     Raises:
         ValueError: if a total does not fit its weight.
 
-    Example:
+    Examples:
         >>> import torch
         >>> embedding = torch.nn.Embedding(5, 2)
         >>> total = torch.zeros(5, 2)
@@ -133,16 +134,6 @@ def multiplied_in(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
-def refuse_double_backward(what: str) -> None:
-    """Raise if a backward pass is itself to be differentiated; called in `backward`."""
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            f"double backward through {what} is not supported: its gradient cannot be "
-            "differentiated again (create_graph=True). Use nn.Linear, nn.Embedding and "
-            "F.cross_entropy for this."
-        )
-
-
 class _Linear(torch.autograd.Function):
     """`x @ weight.T + bias` for 2-dimensional x."""
 
@@ -167,7 +158,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        refuse_double_backward("a linear layer with InPlaceGradients")
+        refuse_double_backward("a linear layer with InPlaceGradients", "nn.Linear")
         x, weight = ctx.saved_tensors
         total, bias_total = ctx.totals
         products = _products(x)
@@ -194,7 +185,7 @@ class _Embedding(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, ...]:
-        refuse_double_backward("an embedding with InPlaceGradients")
+        refuse_double_backward("an embedding with InPlaceGradients", "nn.Embedding")
         (index,) = ctx.saved_tensors
         total = ctx.total
         index = index.flatten()

@@ -1,6 +1,8 @@
 """Stochastic gradient Markov chain Monte Carlo: samples of the posterior at the cost of training.
 
-Knows tensors only; the Lightning face is `lightning_revflip.callbacks.SGLDSampler`.
+Plain torch, without Lightning. `base.py` states what is sampled, `optimizers.py` has the samplers
+and `schedules.py` their step sizes, `chains.py` runs many chains of a small network at once, and
+`diagnostics.py` says how well chains have mixed.
 """
 
 from lightning_revflip.sgld.base import LangevinOptimizer, Moving

@@ -204,6 +204,9 @@ class LangevinOptimizer(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where a sampler of the same class was.
 
+        Args:
+            state_dict: what its `state_dict` returned.
+
         Raises:
             ValueError: for the state of another optimizer.
         """

@@ -92,7 +92,11 @@ class ParallelChains(nn.Module):
         return f"num_chains={self.num_chains}"
 
     def network(self, chain: int) -> nn.Module:
-        """A copy of the network with the weights of one chain."""
+        """A copy of the network with the weights of one chain.
+
+        Args:
+            chain: its number, from 0.
+        """
         network = copy.deepcopy(self._single[0])
         for name, param in network.named_parameters():
             param.data = self.stacked.get_parameter(name).detach()[chain].clone()

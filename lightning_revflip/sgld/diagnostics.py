@@ -170,10 +170,11 @@ def probe_weights(
     Raises:
         ValueError: for another shape or negative numbers.
 
-    >>> chains = torch.randn(4, 250, 1000)  # of 1,000 weights
-    >>> draws = torch.stack([probe_weights(rows) for rows in chains])
-    >>> draws.shape
-    torch.Size([4, 250, 32])
+    Examples:
+        >>> chains = torch.randn(4, 250, 1000)  # of 1,000 weights
+        >>> draws = torch.stack([probe_weights(rows) for rows in chains])
+        >>> draws.shape
+        torch.Size([4, 250, 32])
     """
     if rows.ndim != 2 or rows.shape[1] == 0:
         raise ValueError(
@@ -272,12 +273,13 @@ def diagnose(draws: Tensor, backend: Backend | None = None) -> Diagnostics:
             backend.
         ImportError: for `arviz` where it is not installed.
 
-    >>> generator = torch.Generator().manual_seed(0)
-    >>> found = diagnose(torch.randn(4, 500, 10, generator=generator))
-    >>> found.warnings()
-    []
-    >>> print(diagnose(torch.linspace(0, 1, 500).unsqueeze(0)))
-    Chains: 1, draws of each: 500, quantities: 1; ESS 1 at least, 1 in the median; R-hat 2.13 at ...
+    Examples:
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> found = diagnose(torch.randn(4, 500, 10, generator=generator))
+        >>> found.warnings()
+        []
+        >>> print(diagnose(torch.linspace(0, 1, 500).unsqueeze(0)))
+        Chains: 1, draws of each: 500, quantities: 1; ESS 1 at least, 1 in the median; R-hat 2...
     """
     ess = effective_sample_size(draws, backend=backend).flatten()
     rhats = split_rhat(draws, backend=backend).flatten()

@@ -9,7 +9,11 @@ from torch import Tensor
 
 from lightning_revflip import applications
 from lightning_revflip.metrics import EnsembleCalibrationError
-from lightning_revflip.posterior.uncertainty import mutual_information, predictive_entropy
+from lightning_revflip.posterior.uncertainty import (
+    mutual_information,
+    negative_log_likelihood,
+    predictive_entropy,
+)
 
 ALONE = {"sync_on_compute": False}
 """The numbers are of the images given here, whether or not other processes have some as well."""
@@ -25,14 +29,12 @@ def quality(probs: Tensor, labels: Tensor) -> dict[str, Tensor]:
     Returns:
         `accuracy`; `nll`, in nats per image; `ece` over 15 bins of confidence.
     """
-    mean = probs.double().mean(0)
-    likelihood = mean[torch.arange(len(labels)), labels]
-    smallest = torch.finfo(torch.float32).tiny  # softmax rounds less than that to 0
+    predicted = probs.double().mean(0).argmax(-1)
     calibration = EnsembleCalibrationError(probs.shape[-1], n_bins=15, **ALONE)
     calibration.update(probs, labels)
     return {
-        "accuracy": (mean.argmax(-1) == labels).double().mean(),
-        "nll": -likelihood.clamp(min=smallest).log().mean(),
+        "accuracy": (predicted == labels).double().mean(),
+        "nll": negative_log_likelihood(probs, labels).mean(),
         "ece": calibration.compute(),
     }
 

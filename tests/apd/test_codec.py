@@ -157,6 +157,14 @@ def test_samples_that_diverged_are_refused_by_name(value):
             use()
 
 
+def test_samples_that_float32_cannot_hold_are_refused_by_name():
+    codec = ParameterCodec.fit(RowSamples(ROWS), 3)
+    rows = ROWS.double()
+    rows[20, -1] = 1e300
+    with pytest.raises(ValueError, match="samples of bias have values that are not finite"):
+        codec.encode(rows)
+
+
 def test_a_bank_of_another_architecture_is_refused_by_the_first_difference():
     codec = ParameterCodec.fit(RowSamples(ROWS), 3)
     with pytest.raises(

@@ -182,6 +182,8 @@ def test_no_samples_and_empty_chunks_are_refused():
     gaussian = DiagonalGaussian.fit(RowSamples(ROWS))
     with pytest.raises(ValueError, match="n must be at least 1, got 0"):
         gaussian.sample(0)
+    with pytest.raises(ValueError, match="n must be at least 1, got 0"):
+        next(gaussian.sample_chunks(0, 3))
     with pytest.raises(ValueError, match="chunk_size must be at least 1, got 0"):
         next(gaussian.sample_chunks(3, 0))
 

@@ -13,6 +13,7 @@ from lightning_revflip.posterior import (
     expected_entropy,
     max_probability,
     mutual_information,
+    negative_log_likelihood,
     predictive_entropy,
     variation_ratio,
 )
@@ -132,3 +133,32 @@ def test_results_are_at_least_float32(function):
 def test_what_is_no_probability_is_refused(function, probs, message):
     with pytest.raises(ValueError, match=message):
         function(probs)
+
+
+def test_negative_log_likelihood_is_the_loss_of_the_mean_prediction():
+    generator = torch.Generator().manual_seed(0)
+    probs = torch.randn(5, 8, 3, generator=generator).softmax(-1)
+    labels = torch.arange(8) % 3
+    expected = torch.nn.functional.nll_loss(probs.double().mean(0).log(), labels, reduction="none")
+    torch.testing.assert_close(negative_log_likelihood(probs, labels), expected)
+
+
+def test_a_class_that_softmax_rounds_to_0_has_a_finite_likelihood():
+    probs = torch.tensor([[[1.0, 0.0]]])
+    smallest = numpy.finfo(numpy.float32).tiny
+    assert negative_log_likelihood(probs, torch.tensor([1])).item() == -math.log(smallest)
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (torch.tensor([0, 1, 0]), "one for each of 2 examples"),
+        (torch.tensor([0.0, 1.0]), "must be int64"),
+        (torch.tensor([0, 2]), "from 0 to 1, got 0 to 2"),
+        (torch.tensor([-1, 1]), "from 0 to 1, got -1 to 1"),
+    ],
+    ids=("too_many", "floats", "too_large", "negative"),
+)
+def test_labels_that_are_no_classes_are_refused(labels, message):
+    with pytest.raises(ValueError, match=message):
+        negative_log_likelihood(torch.full((3, 2, 2), 0.5), labels)

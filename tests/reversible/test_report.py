@@ -170,6 +170,8 @@ def test_totals_are_sums_over_layers():
     steps = 4 * 30 * 3 * 8 * 2
     assert report.bits_per_unit_step == pytest.approx(report.stored_bits / steps)
     assert report.state_savings == pytest.approx(report.float_state_bits / report.stored_bits)
+    # At least the information has to be stored.
+    assert report.information_savings >= report.state_savings > 1
     counts = sum(layer.gate_counts for layer in report.layers)
     assert information_bits(counts) == pytest.approx(report.information_bits)
 
@@ -204,7 +206,7 @@ def test_report_of_a_model_names_its_layers_and_is_readable():
     report = memory_report(model)
     names = ["encoder.l0", "encoder.l0_reverse", "blocks.1.l0"]
     assert [layer.name for layer in report.layers] == names
-    header, *rows, summary = str(report).splitlines()
+    header, *rows, summary, work = str(report).splitlines()
     assert header.split() == ["layer", "bits/unit/step", "states", "kept", "ordinary", "saved"]
     for row, layer in zip(rows, report.layers, strict=True):
         name, bits, states, *_, saved = row.split()
@@ -213,6 +215,7 @@ def test_report_of_a_model_names_its_layers_and_is_readable():
         assert float(bits) == pytest.approx(layer.bits_per_unit_step, abs=1e-3)
         assert saved == f"{layer.standard_bytes / layer.kept_bytes:.1f}x"
     assert "instead of" in summary
+    assert "steps at a time" in work
     assert f"{report.stored_bits / report.information_bits:.2f} times" in summary
     assert len({len(row) for row in (header, *rows)}) == 1, "columns are aligned"
 

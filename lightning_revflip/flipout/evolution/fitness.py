@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 Shaping = Literal["rank", "standardized", "none"]
 
-SHAPINGS = ("rank", "standardized", "none")
+SHAPINGS = get_args(Shaping)
 
 
 def shape_fitness(fitness: Tensor, shaping: Shaping = "rank") -> Tensor:
@@ -31,7 +31,7 @@ def shape_fitness(fitness: Tensor, shaping: Shaping = "rank") -> Tensor:
         ValueError: for another shape, an unknown shaping, or fitness that is not finite, naming the
             members.
 
-    Example:
+    Examples:
         >>> shape_fitness(torch.tensor([3.0, 100.0, 3.0]))
         tensor([-0.2500,  0.5000, -0.2500])
     """

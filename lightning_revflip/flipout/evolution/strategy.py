@@ -78,7 +78,7 @@ class FlipoutES:
         ValueError: for settings that do not fit together, and for parameters that cannot be
             perturbed, naming them.
 
-    Example:
+    Examples:
         >>> model, target = nn.Linear(3, 1, bias=False), torch.tensor([[1.0, -2.0, 0.5]])
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
         >>> es = FlipoutES(model, sigma=0.05, population=64, shaping="none", seed=0)
@@ -146,6 +146,10 @@ class FlipoutES:
         From here on, `members`, `repeat` and the fitness that `gradient` takes are those of this
         process; `gradient` exchanges them by torch.distributed, and its result is that of one
         process with the same seed, up to rounding.
+
+        Args:
+            rank: number of this process.
+            world_size: number of processes.
 
         Raises:
             ValueError: if the members cannot be divided equally.
@@ -347,7 +351,11 @@ class FlipoutES:
         return {"seed": self.seed, "generation": self.generation}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on where `state_dict` was taken."""
+        """Go on where `state_dict` was taken.
+
+        Args:
+            state: what it returned.
+        """
         self.seed = state["seed"]
         self.generation = state["generation"]
 

@@ -17,9 +17,14 @@ _native_allowed: ContextVar[bool] = ContextVar("native_allowed", default=True)
 
 
 def fastest(cell: Cell[Any], device: torch.device, dtype: torch.dtype) -> Cell[Any]:
-    """The same cell in the fastest implementation there is for a device and dtype of products.
+    """The same cell in the fastest implementation there is.
 
     Both passes of a sweep must use what the first one got.
+
+    Args:
+        cell: of `cells.py`.
+        device: where it computes.
+        dtype: of matrix products.
     """
     if not cell.forgets or dtype == torch.float64 or not _native_allowed.get():
         return cell
@@ -36,15 +41,19 @@ def _implementations(device: torch.device) -> dict[type[Cell[Any]], type[Cell[An
                 RevGRUCell: native_cells.NativeGRUCell,
                 RevLSTMCell: native_cells.NativeLSTMCell,
             }
-    if device.type == "cuda" and _triton_runs_on(device):
+    if device.type == "cuda" and triton_runs_on(device):
         from lightning_revflip.reversible.kernels import triton_cells
 
         return {RevGRUCell: triton_cells.TritonGRUCell, RevLSTMCell: triton_cells.TritonLSTMCell}
     return {}
 
 
-def _triton_runs_on(device: torch.device) -> bool:
-    """Whether there are kernels for this GPU; `REVFLIP_TRITON=0` says no."""
+def triton_runs_on(device: torch.device) -> bool:
+    """Whether there are kernels for this GPU, and Triton works; `REVFLIP_TRITON=0` says no.
+
+    Args:
+        device: a CUDA device.
+    """
     return (
         os.environ.get("REVFLIP_TRITON") != "0"
         and torch.cuda.is_available()

@@ -41,7 +41,7 @@ class TritonCell(Cell[Any]):
     """How the cells of this module keep a pass's integers, and launch kernels."""
 
     block: ClassVar[int] = 256
-    """Units of a program. Small layers have few, and want many programs: not measured yet."""
+    """Units of a program; other numbers have not been compared."""
 
     @property
     def storage(self) -> DeviceStorage:

@@ -83,7 +83,10 @@ def gru_forward(
     STORE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """H <- z * h + (1 - z) * g; new_h is h as floats. The first `kept` units are not counted."""
+    """A half-step, h <- z * h + (1 - z) * g; new_h is h as floats.
+
+    The gates of the first `kept` units are not counted.
+    """
     row, column, alive = units_of_program(count, half, BLOCK)
     at = row * half + column
     act += row * 2 * half + column
