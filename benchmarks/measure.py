@@ -1,5 +1,6 @@
 """How every benchmark measures: side by side, in one process, with machine and versions noted."""
 
+import argparse
 import json
 import os
 import platform
@@ -7,11 +8,14 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.table import Table
 
 from lightning_revflip.reversible.allocator import allocated_bytes
 
@@ -92,6 +96,43 @@ def write(name: str, rows: list[dict[str, Any]], device: str | None = None, **mo
         + "\n"
     )
     return path
+
+
+@dataclass
+class Part:
+    """What a part of a benchmark has measured."""
+
+    rows: list[dict[str, Any]]
+    table: Table
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Written beside the rows."""
+
+
+def run_parts(name: str, parts: Mapping[str, Callable[[bool], Part]], help: str | None) -> None:
+    """The command line of a benchmark in parts: measure those that are named, on one thread.
+
+    Each is shown and, unless a glance was asked for, written to `results/<name>_<part>.json`.
+
+    Args:
+        name: of the benchmark.
+        parts: what measures each part; it is told whether a glance is enough.
+        help: what `--help` says.
+    """
+    parser = argparse.ArgumentParser(description=help)
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(parts)}; or all")
+    parser.add_argument("--quick", action="store_true", help="a glance, no results file")
+    options = parser.parse_args()
+    unknown = [part for part in options.parts if part not in parts]
+    if unknown:
+        parser.error(f"there is no part {', '.join(unknown)}; choose from {', '.join(parts)}")
+    torch.set_num_threads(1)
+    console = Console()
+    for part in options.parts or parts:
+        measured = parts[part](options.quick)
+        console.print(measured.table)
+        if not options.quick:
+            path = write(f"{name}_{part}", measured.rows, **measured.settings)
+            console.print(f"written to {path}")
 
 
 def _module() -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
@@ -21,16 +21,9 @@ from recipes.nmt.corpus import (
     languages,
     read_lines,
 )
+from recipes.nmt.sentences import Sentences, usable
 from recipes.nmt.tokenization import Level, Tokenizer
 from recipes.nmt.vocabulary import Vocabulary
-
-
-class Sentences(NamedTuple):
-    """The tokens of a sentence pair, and the number of its line from 0."""
-
-    line: int
-    source: list[str]
-    target: list[str]
 
 
 class ParallelText(LightningDataModule):
@@ -284,28 +277,9 @@ class ParallelText(LightningDataModule):
             Sentences(number, source.tokenize(left), target.tokenize(right))
             for number, (left, right) in enumerate(lines)
         ]
-        return self._usable(sentences) if split == "train" else sentences
-
-    def _usable(self, sentences: list[Sentences]) -> list[Sentences]:
-        """Without the training pairs that are empty or too long; how many is logged."""
-        full = [pair for pair in sentences if pair.source and pair.target]
-        usable = [
-            pair
-            for pair in full
-            if self.max_length is None or max(len(pair.source), len(pair.target)) <= self.max_length
-        ]
-        empty, long = len(sentences) - len(full), len(full) - len(usable)
-        left_out = []
-        if empty:
-            left_out.append(f"{empty:,} with an empty side")
-        if long:
-            left_out.append(f"{long:,} longer than {self.max_length} tokens")
-        text = f"Training pairs: {len(usable):,} of {len(sentences):,}"
-        text += f"; left out: {', '.join(left_out)}" if left_out else ""
-        if not usable:
-            raise ValueError(f"Nothing is left to train on. {text}. ({self.corpus.description})")
-        rank_zero_info(text)
-        return usable
+        if split != "train":
+            return sentences
+        return usable(sentences, self.max_length, self.corpus.description)
 
     # --- loaders -----------------------------------------------------------------------------
 

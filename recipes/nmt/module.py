@@ -13,14 +13,13 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.optim import SGD, Adam, Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
-from torchmetrics import MeanMetric
 
 from lightning_revflip.reversible import LinearCrossEntropy, LuongAttention
 from lightning_revflip.reversible.attention import ContextSpec
 from recipes.common.perplexity import Perplexity
 from recipes.nmt.batches import Batch, parts
-from recipes.nmt.bleu import BLEU
 from recipes.nmt.data import ParallelText
+from recipes.nmt.scores import Scores
 from recipes.nmt.search import Translation, beam_search, greedy_search
 from recipes.nmt.stepwise import Context, Stepwise
 from recipes.nmt.twin import ReversibleTwin
@@ -43,17 +42,6 @@ LEAST = {
     **dict.fromkeys(["embedding_size", "hidden_size", "num_layers", "beam_size"], 1),
     **{"length_penalty": 0, "max_length_ratio": 0, "max_extra_length": 1},
 }
-
-
-class Scores(nn.Module):
-    """What is said of the translations of a split."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.perplexity = Perplexity()
-        self.bleu = BLEU(lower_case=True)
-        self.bleu_tokenized = BLEU(tokenize="none")
-        self.exact_match = MeanMetric()
 
 
 class Translator(LightningModule):
@@ -348,18 +336,10 @@ class Translator(LightningModule):
     def _evaluate(self, split: str, scores: Scores, batch: Batch, beam_size: int) -> list[str]:
         """Update and log the scores, and return the translations."""
         data, size = self._data(), len(batch.lines)
-        vocabulary, tokenizer = data.target_vocabulary, data.target_tokenizer
-        found = [vocabulary.decode(t.tokens) for t in self.translate(batch, beam_size)]
+        found = [data.target_vocabulary.decode(t.tokens) for t in self.translate(batch, beam_size)]
         references = [data.references(split)[line] for line in batch.lines]
-        wanted = [tokenizer.tokenize(reference) for reference in references]
         scores.perplexity.update(self.negative_log_likelihood(batch), sum(batch.target_lengths))
-        texts = [tokenizer.detokenize(tokens) for tokens in found]
-        scores.bleu.update(texts, references)
-        joined = ([" ".join(tokens) for tokens in side] for side in (found, wanted))
-        scores.bleu_tokenized.update(*joined)
-        scores.exact_match.update(
-            torch.tensor([a == b for a, b in zip(found, wanted, strict=True)])
-        )
+        texts = scores.compare(found, references, data.target_tokenizer)
         for name, score in scores.named_children():
             on_bar = name in ("perplexity", "bleu")
             self.log(f"{split}/{name}", score, on_epoch=True, prog_bar=on_bar, batch_size=size)  # type: ignore[arg-type]

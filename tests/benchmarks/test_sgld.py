@@ -3,7 +3,6 @@
 import csv
 
 import pytest
-import torch
 
 from benchmarks import mnist_posterior, sgld, sgld_prediction, sgld_steps
 from lightning_revflip.sgld import SGLD, native
@@ -43,20 +42,8 @@ def test_prediction_is_measured_beside_a_loop_that_gives_the_same() -> None:
         assert row["speedup"] == pytest.approx(row["loop"]["median"] / row["predict"]["median"])
 
 
-def test_a_glance_writes_no_results(monkeypatch, capsys) -> None:
-    monkeypatch.setattr("sys.argv", ["sgld", "--quick", "prediction"])
-    monkeypatch.setattr(sgld.measure, "write", lambda *_, **__: pytest.fail("wrote"))
-    threads = torch.get_num_threads()
-    sgld.main()
-    torch.set_num_threads(threads)
-    assert "predict, ms" in capsys.readouterr().out
-
-
-def test_an_unknown_part_is_refused(monkeypatch, capsys) -> None:
-    monkeypatch.setattr("sys.argv", ["sgld", "stepz"])
-    with pytest.raises(SystemExit):
-        sgld.main()
-    assert "there is no part stepz" in capsys.readouterr().err
+def test_every_part_can_be_asked_for() -> None:
+    assert set(sgld.PARTS) == {"steps", "collection", "prediction"}
 
 
 def test_figures_of_a_run_are_those_it_logged_last(tmp_path) -> None:

@@ -84,7 +84,7 @@ def test_every_configuration_of_a_recipe_is_listed_with_its_description(name, ca
         file.stem for file in (recipe.folder / "configs").glob("*.yaml")
     }
     for each in recipe.configurations:
-        assert each.description, f"{each.name}.yaml does not begin with a comment"
+        assert each.kind, f"{each.name}.yaml does not begin with a comment `Kind: what it does`"
         assert f"{each.name} " in text
         assert each.description in text
 

@@ -1,7 +1,6 @@
 """Same seed, same curves, bit by bit; other seed, other curves: the recipes and the methods."""
 
 import csv
-import sys
 from pathlib import Path
 
 import pytest
@@ -65,12 +64,8 @@ RUNS = {
 
 
 @pytest.fixture
-def curves(monkeypatch, tmp_path):
+def curves(cwd, monkeypatch, tmp_path):
     """Trains with a seed and returns what was logged, as text, without what is measured in time."""
-    monkeypatch.delenv("REVFLIP_DATA", raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr("sys.argv", ["revflip"])
-    monkeypatch.setattr("sys.path", [*sys.path])
 
     def train(name: str, seed: int) -> list[dict[str, str]]:
         recipe, configurations, settings = RUNS[name]

@@ -1,6 +1,5 @@
 """Commands that train: every one of them, configurations, what a run records of itself."""
 
-import csv
 import sys
 from pathlib import Path
 
@@ -9,24 +8,14 @@ import torch
 import yaml
 from lightning.pytorch import seed_everything
 
-import recipes
 from lightning_revflip.cli import main
+from tests.helpers.recipe_runs import config_args, last_values
 
-CONFIGS = Path(recipes.__path__[0]) / "ptb" / "configs"
-
-
-@pytest.fixture(autouse=True)
-def somewhere_else(monkeypatch, tmp_path):
-    """Commands run in an empty folder, on the embedded text."""
-    monkeypatch.delenv("REVFLIP_DATA", raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr("sys.argv", ["revflip"])
-    monkeypatch.setattr("sys.path", [*sys.path])
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("cwd")
 
 
 def revflip(subcommand: str, *args: str, configs: tuple[str, ...] = ()) -> None:
-    main([subcommand, *(f"--config={CONFIGS / name}.yaml" for name in configs), *args])
+    main([subcommand, *config_args("ptb", *configs), *args])
 
 
 SMALL = (
@@ -47,15 +36,8 @@ def run_folder(tmp_path) -> Path:
     return tmp_path / "runs" / "ptb" / "version_0"
 
 
-def metrics(folder: Path) -> dict[str, float]:
-    """The last value of everything that a run logged."""
-    with (folder / "metrics.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    return {name: float(value) for row in rows for name, value in row.items() if value}
-
-
 def test_fit_then_validate_test_and_predict_from_its_own_config(run_folder, tmp_path, capsys):
-    fitted = metrics(run_folder)
+    fitted = last_values(run_folder)
     for name in ("train/loss", "train/perplexity", "val/perplexity", "train/tokens_per_second"):
         assert fitted[name] > 0
     assert 0 < fitted["reversible/bits_per_unit_step"] <= 3
@@ -63,15 +45,15 @@ def test_fit_then_validate_test_and_predict_from_its_own_config(run_folder, tmp_
     best = next((run_folder / "checkpoints").glob("epoch000-perplexity*.ckpt"))
 
     main(["validate", config, f"--ckpt_path={best}"])
-    validated = metrics(tmp_path / "runs" / "ptb" / "version_1")
+    validated = last_values(tmp_path / "runs" / "ptb" / "version_1")
     assert validated["val/perplexity"] == pytest.approx(fitted["val/perplexity"], rel=1e-6)
 
     main(["test", config, f"--ckpt_path={best}", "--trainer.limit_test_batches=2"])
-    assert metrics(tmp_path / "runs" / "ptb" / "version_2")["test/perplexity"] > 1
+    assert last_values(tmp_path / "runs" / "ptb" / "version_2")["test/perplexity"] > 1
 
     capsys.readouterr()
     args = ['--data.prompts=["the prince said"]', "--data.new_tokens=5", "--data.temperature=0"]
-    main(["predict", config, f"--config={CONFIGS / 'predict.yaml'}", f"--ckpt_path={best}", *args])
+    main(["predict", config, *config_args("ptb", "predict"), f"--ckpt_path={best}", *args])
     printed = capsys.readouterr().out
     assert "the prince said" in printed
     assert "(perplexity " in printed
@@ -100,7 +82,7 @@ def test_run_records_its_configuration_seed_and_versions(run_folder):
 def test_fit_needs_no_wandb(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "wandb", None)  # import wandb raises ImportError
     revflip("fit", *SMALL, configs=("base", "small", "lstm", "csv"))
-    assert metrics(tmp_path / "runs" / "ptb" / "version_0")["val/perplexity"] > 1
+    assert last_values(tmp_path / "runs" / "ptb" / "version_0")["val/perplexity"] > 1
 
 
 def test_classes_of_the_working_directory_are_found(tmp_path):

@@ -2,8 +2,12 @@
 
 import csv
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+
+import pytest
 
 import recipes
 from lightning_revflip.cli import RevflipCLI
@@ -62,6 +66,30 @@ def config_args(recipe: str, *names: str) -> list[str]:
     return [f"--config={RECIPES / recipe / 'configs' / name}.yaml" for name in names]
 
 
+def composer(recipe: str) -> Callable[..., SimpleNamespace]:
+    """What makes all that configurations of a recipe name, and runs nothing.
+
+    Returns:
+        A function of names of configurations and of further `args`. It returns model, data and
+        trainer, and the callbacks by their class, of which there may be one each.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["revflip"])
+        cli = RevflipCLI(config_args(recipe, "base", "csv"), run=False)
+
+    def compose(*names: str, args: Sequence[str] = ()) -> SimpleNamespace:
+        cli.config = cli.parser.parse_args([*config_args(recipe, *names), *args])
+        vars(cli).pop("config_dump", None)  # what models take their `hparams` from
+        made = cli.parser.instantiate_classes(cli.config)
+        callbacks = {type(callback): callback for callback in made.trainer.callbacks}
+        assert len(callbacks) == len(made.trainer.callbacks)
+        return SimpleNamespace(
+            model=made.model, data=made.data, trainer=made.trainer, callbacks=callbacks
+        )
+
+    return compose
+
+
 def last_callback(**settings: object) -> list[str]:
     """Arguments for the last of the callbacks that were named before."""
     return [f"--trainer.callbacks.{name}={value}" for name, value in settings.items()]
@@ -96,3 +124,8 @@ def csv_rows(folder: Path) -> list[dict[str, str]]:
     with path.open() as file:
         rows = list(csv.DictReader(file))
     return [{name: value for name, value in row.items() if value} for row in rows]
+
+
+def last_values(folder: Path) -> dict[str, float]:
+    """What was logged last under each name, from the one `metrics.csv` below a folder."""
+    return {name: float(value) for row in csv_rows(folder) for name, value in row.items()}

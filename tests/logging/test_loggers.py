@@ -68,15 +68,6 @@ TEXTS = {"nmt": {"nmt/translations"}}
 
 
 @pytest.fixture
-def folder(monkeypatch, tmp_path) -> Path:
-    """Where a run writes, without data of the user."""
-    monkeypatch.delenv("REVFLIP_DATA", raising=False)
-    monkeypatch.setattr("sys.argv", ["revflip"])
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-@pytest.fixture
 def no_matplotlib(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)  # its import raises
     _warn_without_matplotlib.cache_clear()
@@ -88,13 +79,13 @@ def no_matplotlib(monkeypatch):
 
 
 @pytest.mark.parametrize("recipe", RUNS)
-def test_tensorboard_holds_the_numbers_of_the_csv_file_figures_and_texts(folder, recipe):
+def test_tensorboard_holds_the_numbers_of_the_csv_file_figures_and_texts(cwd, recipe):
     pytest.importorskip("tensorboardX")
-    fit(*RUNS[recipe], *tiny(recipe, folder), *logger_args(folder, CSV, TENSORBOARD))
-    (path,) = folder.rglob("events.out.tfevents.*")
+    fit(*RUNS[recipe], *tiny(recipe, cwd), *logger_args(cwd, CSV, TENSORBOARD))
+    (path,) = cwd.rglob("events.out.tfevents.*")
     expected = [
         (name, int(row["step"]), pytest.approx(float(value), rel=1e-6))
-        for row in csv_rows(folder)
+        for row in csv_rows(cwd)
         for name, value in row.items()
         if name != "step"
     ]
@@ -106,22 +97,22 @@ def test_tensorboard_holds_the_numbers_of_the_csv_file_figures_and_texts(folder,
 
 
 @pytest.mark.parametrize("recipe", RUNS)
-def test_recipe_runs_without_a_logger(folder, recipe):
-    cli = fit_and_test(*RUNS[recipe], *tiny(recipe, folder), "--trainer.logger=false")
+def test_recipe_runs_without_a_logger(cwd, recipe):
+    cli = fit_and_test(*RUNS[recipe], *tiny(recipe, cwd), "--trainer.logger=false")
     assert cli.trainer.state.finished
-    assert list(folder.rglob("*.png")) == []
+    assert list(cwd.rglob("*.png")) == []
 
 
-def test_a_test_without_matplotlib_reports_all_but_figures(folder, no_matplotlib):
-    args = [*RUNS["mnist"], *tiny("mnist", folder), *config_args("mnist", "csv")]
+def test_a_test_without_matplotlib_reports_all_but_figures(cwd, no_matplotlib):
+    args = [*RUNS["mnist"], *tiny("mnist", cwd), *config_args("mnist", "csv")]
     with pytest.warns(UserWarning, match="No figures are drawn") as caught:
         cli = fit_and_test(*args)
     assert sum("No figures" in str(each.message) for each in caught) == 1
     assert cli.trainer.callback_metrics["posterior/accuracy"] > 0
-    assert list(folder.rglob("*.png")) == []
+    assert list(cwd.rglob("*.png")) == []
 
 
-def test_a_figure_that_was_asked_for_by_name_needs_matplotlib(folder, no_matplotlib):
+def test_a_figure_that_was_asked_for_by_name_needs_matplotlib(cwd, no_matplotlib):
     with pytest.raises(ModuleNotFoundError, match="PosteriorFigure draws with matplotlib"):
         fit(*config_args("mnist", "apd_toy", "csv"))
 

@@ -90,13 +90,11 @@ class TwoLayers(LightningModule):
 
 
 @pytest.fixture
-def folders(monkeypatch, tmp_path):
+def folders(cwd, monkeypatch):
     """Makes an empty folder for each run, in which it works without data of the user."""
-    monkeypatch.delenv("REVFLIP_DATA", raising=False)
-    monkeypatch.setattr("sys.argv", ["revflip"])
 
     def make(name: str) -> Path:
-        folder = tmp_path / name
+        folder = cwd / name
         folder.mkdir()
         monkeypatch.chdir(folder)
         return folder

@@ -3,7 +3,6 @@
 import csv
 import json
 
-import pytest
 import torch
 import wandb
 
@@ -23,21 +22,12 @@ OWN = {"_runtime", "_step", "_timestamp", "_wandb/runtime"}
 RENAMED = {"trainer/global_step": "step"}
 
 
-@pytest.fixture
-def folder(monkeypatch, tmp_path):
-    """Where the run writes; in another one than this file, without data of the user."""
-    monkeypatch.delenv("REVFLIP_DATA", raising=False)
-    monkeypatch.setattr("sys.argv", ["revflip"])
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def test_offline_run_holds_settings_numbers_figures_table_and_artifact(folder):
+def test_offline_run_holds_settings_numbers_figures_table_and_artifact(cwd):
     configs = config_args("nmt", "base", "small", "lstm", "emb20h", "rev3")
-    cli = fit_and_test(*configs, *tiny("nmt", folder), *logger_args(folder, WANDB, CSV))
+    cli = fit_and_test(*configs, *tiny("nmt", cwd), *logger_args(cwd, WANDB, CSV))
     wandb.finish()  # so that a later test in this process begins a run of its own
     wandb.teardown()  # waits until W&B's own process has written its file
-    (path,) = (folder / "wandb").glob("offline-run-*/*.wandb")
+    (path,) = (cwd / "wandb").glob("offline-run-*/*.wandb")
     run, files = read_run(path), path.parent / "files"
 
     # settings: of the run, and of its callbacks
@@ -56,7 +46,7 @@ def test_offline_run_holds_settings_numbers_figures_table_and_artifact(folder):
         for row in run.history
         if not any(name.startswith(tuple(media)) for name in row)
     ]
-    expected = [{name: float(value) for name, value in row.items()} for row in csv_rows(folder)]
+    expected = [{name: float(value) for name, value in row.items()} for row in csv_rows(cwd)]
     assert rows == expected
     last = {name: value for row in expected for name, value in row.items() if name != "step"}
     assert {name: run.summary[name] for name in last} == last
@@ -84,7 +74,7 @@ def test_offline_run_holds_settings_numbers_figures_table_and_artifact(folder):
     number = cli.trainer.loggers[0].version
     kind, paths = run.artifacts[f"translations-{number}"]
     assert (kind, paths) == ("translations", {"translations.tsv"})
-    (written,) = folder.glob(f"*/{number}/translations.tsv")
+    (written,) = cwd.glob(f"*/{number}/translations.tsv")
     with written.open() as file:
         lines = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
     found = [(line["source"], line["reference"]) for line in lines]

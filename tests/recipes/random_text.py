@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader
 
 from recipes.ptb.data import Prompt
 from recipes.ptb.streams import Windows, columns_of_rank, fixed_lengths, parallel_streams
+from tests.helpers import models
 
 VOCABULARY = 30
 
@@ -46,16 +47,7 @@ class RandomText(LightningDataModule):
         return DataLoader([Prompt(self.streams.inputs[:5, :1], 4, 0.0)], batch_size=None)
 
 
-def quiet_trainer(tmp_path: Path, **kwargs: Any) -> Trainer:
-    """A Trainer on the CPU that prints and writes nothing."""
-    defaults = {
-        "default_root_dir": tmp_path,
-        "accelerator": "cpu",
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "reload_dataloaders_every_n_epochs": 1,
-        "num_sanity_val_steps": 0,
-    }
-    return Trainer(**{**defaults, **kwargs})
+def quiet_trainer(folder: Path, **kwargs: Any) -> Trainer:
+    """A Trainer that prints nothing, for windows that are drawn anew in each epoch."""
+    settings = {"reload_dataloaders_every_n_epochs": 1, "num_sanity_val_steps": 0}
+    return models.quiet_trainer(folder, **(settings | kwargs))

@@ -1,4 +1,4 @@
-"""Small translators, parallel text and batches, and a Trainer that keeps quiet."""
+"""Small translators, parallel text and batches."""
 
 import random
 from collections.abc import Sequence
@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
 from lightning_revflip.convert import convert
@@ -121,20 +120,6 @@ def write_text(folder: Path, **contents: str) -> dict[str, str]:
             path.write_text(contents.get(f"{split}_{name}", text), encoding="utf-8", newline="\n")
             arguments[f"{split}_{name}"] = str(path)
     return arguments
-
-
-def quiet_trainer(tmp_path: Path, **kwargs: Any) -> Trainer:
-    """A Trainer on the CPU that prints and writes nothing."""
-    defaults = {
-        "default_root_dir": tmp_path,
-        "accelerator": "cpu",
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "num_sanity_val_steps": 0,
-    }
-    return Trainer(**{**defaults, **kwargs})
 
 
 def assert_close(actual: Tensor, expected: Tensor, tolerance: float) -> None:

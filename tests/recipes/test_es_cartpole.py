@@ -1,16 +1,15 @@
 """The CartPole recipe: episodes are counted right, the policy learns, the run can be resumed."""
 
 import builtins
-from pathlib import Path
 
 import pytest
 import torch
 from lightning.pytorch.demos.boring_classes import BoringModel
 
-import recipes
 from lightning_revflip.cli import RevflipCLI
 from tests.helpers.loggers import RecordingWandb
 from tests.helpers.models import quiet_trainer
+from tests.helpers.recipe_runs import config_args, fit
 
 gymnasium = pytest.importorskip("gymnasium")
 
@@ -22,8 +21,6 @@ from recipes.es_cartpole.environment import (  # noqa: E402
 )
 from recipes.es_cartpole.figures import ReturnsFigure  # noqa: E402
 from recipes.es_cartpole.module import EvolvedPolicy  # noqa: E402
-
-CONFIGS = Path(recipes.__path__[0]) / "es_cartpole" / "configs"
 
 
 def to_the_right(observations):
@@ -95,14 +92,11 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path):
         assert value.equal(rest.state_dict()[name]), name
 
 
-def test_configuration_trains_and_is_tested_from_its_checkpoint(monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["revflip"])
-    args = ["fit", *(f"--config={CONFIGS / name}.yaml" for name in ("base", "csv"))]
+def test_configuration_trains_and_is_tested_from_its_checkpoint(cwd):
     smaller = ["--model.population=16", "--model.eval_episodes=4", "--data.per_epoch=1"]
-    trainer = RevflipCLI([*args, *smaller, "--trainer.max_epochs=1"]).trainer
-    assert trainer.global_step == 1
-    (folder,) = (tmp_path / "runs" / "es_cartpole").iterdir()
+    cli = fit(*config_args("es_cartpole", "base", "csv"), *smaller, "--trainer.max_epochs=1")
+    assert cli.trainer.global_step == 1
+    (folder,) = (cwd / "runs" / "es_cartpole").iterdir()
     args = ["test", f"--config={folder / 'config.yaml'}", "--trainer.logger=false"]
     tested = RevflipCLI([*args, f"--ckpt_path={folder / 'checkpoints' / 'last.ckpt'}"]).trainer
     assert tested.callback_metrics["test/return"] > 0

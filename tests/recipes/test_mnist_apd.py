@@ -12,7 +12,6 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 
-import recipes
 from lightning_revflip.apd import DistilledPosterior, Generator, ParameterCodec
 from lightning_revflip.callbacks import SGLDSampler
 from lightning_revflip.cli import RevflipCLI
@@ -32,17 +31,10 @@ from recipes.mnist.toy import (
     two_moons,
 )
 from recipes.mnist.uncertainty import summary
+from tests.helpers.recipe_runs import config_args, last_callback
 
 REAL = os.environ.get("REVFLIP_DATA")
-CONFIGS = Path(recipes.__path__[0]) / "mnist" / "configs"
-
-
-@pytest.fixture(autouse=True)
-def _in_a_folder_of_its_own(monkeypatch, tmp_path):
-    monkeypatch.delenv("REVFLIP_DATA", raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["revflip"])
+pytestmark = pytest.mark.usefixtures("cwd")
 
 
 @pytest.fixture
@@ -54,18 +46,9 @@ def real_data(monkeypatch):
 needs_data = pytest.mark.skipif(not REAL, reason="REVFLIP_DATA is not set")
 
 
-def config_args(*names: str) -> list[str]:
-    return [f"--config={CONFIGS / name}.yaml" for name in names]
-
-
-def last_callback(**options) -> list[str]:
-    """Options of the last callback of the configurations that come before."""
-    return [f"--trainer.callbacks.{name}={value}" for name, value in options.items()]
-
-
 def sampling_args(*names: str) -> list[str]:
     """A short run of SGLD: more samples than the rank of the configurations."""
-    args = config_args("base", "mlp", "sgld", *names, "csv")
+    args = config_args("mnist", "base", "mlp", "sgld", *names, "csv")
     args += ["--trainer.max_epochs=-1", "--trainer.max_steps=200", "--data.batch_size=100"]
     args += ["--trainer.check_val_every_n_epoch=1"]
     return [*args, *last_callback(burn_in=40, every_n_steps=4)]
@@ -97,7 +80,7 @@ def check_distilled_agrees_with_its_bank(found: dict[str, float]) -> None:
 
 def distil_offline(run: Path, *args: str) -> Trainer:
     bank = run / "posterior"
-    command = ["fit", *config_args("apd_offline", "csv"), *args, "--trainer.max_steps=20"]
+    command = ["fit", *config_args("mnist", "apd_offline", "csv"), *args, "--trainer.max_steps=20"]
     command += [f"--data.bank={bank}", f"--model.codec.bank={bank}", "--data.batches_per_epoch=10"]
     return RevflipCLI(command).trainer
 
@@ -113,7 +96,7 @@ def test_finished_bank_of_the_small_digits_is_distilled_and_reported_on():
     for name, value in saved.sample(3, torch.Generator().manual_seed(0)).items():
         torch.testing.assert_close(value, kept.sample(3, torch.Generator().manual_seed(0))[name])
 
-    report = [*config_args("report"), *last_callback(source="distilled")]
+    report = [*config_args("mnist", "report"), *last_callback(source="distilled")]
     check_distilled_agrees_with_its_bank(evaluate(run, *report))
 
 
@@ -124,7 +107,7 @@ def test_finished_bank_of_the_small_digits_is_distilled_and_reported_on():
 def test_finished_bank_of_mnist_is_distilled_and_reported_on():
     run = run_of(RevflipCLI(["fit", *sampling_args()]).trainer)
     assert 0.5 < distil_offline(run).callback_metrics["apd/accuracy"] <= 1
-    report = [*config_args("report"), *last_callback(source="distilled")]
+    report = [*config_args("mnist", "report"), *last_callback(source="distilled")]
     check_distilled_agrees_with_its_bank(evaluate(run, *report))
 
 
@@ -140,10 +123,11 @@ SHORT = {"buffer_size": 40, "every_n_samples": 40, "steps": 20}
 
 
 def test_digits_are_distilled_online_and_all_applications_find_what_was_distilled():
-    args = ["fit", *sampling_args("small"), *config_args("apd_online"), *last_callback(**SHORT)]
-    args += [*config_args("apd_anomaly"), *last_callback(size=100, num_samples=20)]
+    args = ["fit", *sampling_args("small")]
+    args += [*config_args("mnist", "apd_online"), *last_callback(**SHORT)]
+    args += [*config_args("mnist", "apd_anomaly"), *last_callback(size=100, num_samples=20)]
     attack = {"epsilons": "[0,0.3]", "steps": 1, "size": 50, "num_samples": 5}
-    args += [*config_args("apd_adversarial"), *last_callback(**attack)]
+    args += [*config_args("mnist", "apd_adversarial"), *last_callback(**attack)]
     run = run_of(RevflipCLI(args).trainer)
     found = evaluate(run)
     check_distilled_agrees_with_its_bank(found)
@@ -157,7 +141,7 @@ def test_digits_are_distilled_online_and_all_applications_find_what_was_distille
 @needs_data
 @pytest.mark.usefixtures("real_data")
 def test_mnist_is_distilled_online_and_reported_on():
-    args = ["fit", *sampling_args(), *config_args("apd_online"), *last_callback(**SHORT)]
+    args = ["fit", *sampling_args(), *config_args("mnist", "apd_online"), *last_callback(**SHORT)]
     check_distilled_agrees_with_its_bank(evaluate(run_of(RevflipCLI(args).trainer)))
 
 
@@ -197,7 +181,7 @@ def test_report_of_a_distilled_posterior_is_that_of_its_networks(tmp_path):
 
 
 def test_toy_is_sampled_distilled_drawn_and_tested_from_its_checkpoint():
-    args = ["fit", *config_args("apd_toy", "csv"), "--trainer.max_steps=2400"]
+    args = ["fit", *config_args("mnist", "apd_toy", "csv"), "--trainer.max_steps=2400"]
     args += ["--trainer.callbacks.steps=5", "--trainer.callbacks.gaussian_rank=4"]
     trainer = RevflipCLI(args).trainer
     run = run_of(trainer)

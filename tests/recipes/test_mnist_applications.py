@@ -3,16 +3,14 @@
 import functools
 import os
 import zipfile
-from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch import seed_everything
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import CSVLogger
 from PIL import Image
 
-import recipes
 from lightning_revflip.apd import DistilledPosterior, Generator, ParameterCodec
 from lightning_revflip.applications import (
     NetworkPredictor,
@@ -28,33 +26,15 @@ from recipes.mnist.anomaly import AnomalyDetection
 from recipes.mnist.data import HandwrittenDigits
 from recipes.mnist.module import Classifier
 from recipes.mnist.outliers import available_kinds, find_outliers
+from tests.helpers.models import quiet_trainer
+from tests.helpers.recipe_runs import config_args, fit, last_callback
 
 REAL = os.environ.get("REVFLIP_DATA")
-CONFIGS = Path(recipes.__path__[0]) / "mnist" / "configs"
-
-
-@pytest.fixture(autouse=True)
-def _without_data(monkeypatch, tmp_path):
-    monkeypatch.delenv("REVFLIP_DATA", raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("no_data_of_the_user")
 
 
 def digits() -> HandwrittenDigits:
     return HandwrittenDigits(source="digits", batch_size=32)
-
-
-def quiet_trainer(folder: Path, *callbacks: Callback, **kwargs) -> Trainer:
-    """A Trainer on the CPU that prints nothing."""
-    defaults = {
-        "default_root_dir": folder,
-        "accelerator": "cpu",
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "callbacks": list(callbacks),
-    }
-    return Trainer(**{**defaults, **kwargs})
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +63,9 @@ def bank(tmp_path, trained) -> SampleBank:
 def logged_by(tmp_path, model, callback, data=None, **kwargs) -> dict[str, float]:
     """What a test with a callback logs."""
     data = digits() if data is None else data
-    (found,) = quiet_trainer(tmp_path, callback, **kwargs).test(model, data, verbose=False)
+    (found,) = quiet_trainer(tmp_path, callbacks=[callback], **kwargs).test(
+        model, data, verbose=False
+    )
     return found
 
 
@@ -141,7 +123,7 @@ def test_distilled_posterior_is_found_beside_the_samples_it_was_made_of(tmp_path
 def test_tables_and_figure_go_to_the_folder_of_the_run(tmp_path, trained):
     logger = CSVLogger(tmp_path, "run", "0")
     anomalies, attack = AnomalyDetection(["network"]), AdversarialAttack(["network"], steps=2)
-    trainer = quiet_trainer(tmp_path, anomalies, attack, logger=logger)
+    trainer = quiet_trainer(tmp_path, callbacks=[anomalies, attack], logger=logger)
     trainer.test(trained, digits(), verbose=False)
     folder = tmp_path / "run" / "0"
     table = (folder / "anomaly.md").read_text()
@@ -222,7 +204,7 @@ def test_missing_samples_are_an_error_before_the_test_runs(tmp_path, trained, ma
     with pytest.raises(ValueError, match="not known where the distilled is"):
         logged_by(tmp_path, trained, make(["distilled"]))
     with pytest.raises(TypeError, match="about a Classifier on HandwrittenDigits, got BoringModel"):
-        quiet_trainer(tmp_path, make()).test(BoringModel(), digits(), verbose=False)
+        quiet_trainer(tmp_path, callbacks=[make()]).test(BoringModel(), digits(), verbose=False)
 
 
 def test_missing_images_are_an_error_before_the_test_runs(tmp_path, trained):
@@ -259,10 +241,6 @@ def test_real_mnist_is_compared_with_characters():
 # --- configurations --------------------------------------------------------------------------
 
 
-def config_args(*names: str) -> list[str]:
-    return [f"--config={CONFIGS / name}.yaml" for name in names]
-
-
 @pytest.mark.parametrize(
     ("names", "sources"),
     [
@@ -272,17 +250,14 @@ def config_args(*names: str) -> list[str]:
     ],
     ids=["network", "dropout", "samples"],
 )
-def test_configurations_run_on_the_small_digits(monkeypatch, tmp_path, names, sources):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["revflip"])
-    args = ["fit", *config_args("base", *names, "small", "csv"), "--trainer.max_epochs=2"]
+def test_configurations_run_on_the_small_digits(cwd, names, sources):
+    args = config_args("mnist", "base", *names, "small", "csv")
     if "sgld" in names:
-        args += ["--trainer.callbacks.burn_in=10", "--trainer.check_val_every_n_epoch=1"]
-        args.append("--trainer.callbacks.every_n_steps=2")
-    applications = config_args("apd_anomaly", "apd_adversarial")
-    last = {"steps": 1, "num_samples": 2, "epsilons": "[0,0.3]"}
-    RevflipCLI([*args, *applications, *(f"--trainer.callbacks.{k}={v}" for k, v in last.items())])
-    (folder,) = (tmp_path / "runs" / "mnist").iterdir()
+        args += [*last_callback(burn_in=10, every_n_steps=2), "--trainer.check_val_every_n_epoch=1"]
+    args += config_args("mnist", "apd_anomaly", "apd_adversarial")
+    args += last_callback(steps=1, num_samples=2, epsilons="[0,0.3]")
+    fit(*args, "--trainer.max_epochs=2")
+    (folder,) = (cwd / "runs" / "mnist").iterdir()
     args = ["test", f"--config={folder / 'config.yaml'}"]
     checkpoint = folder / "checkpoints" / "last.ckpt"
     found = RevflipCLI([*args, f"--ckpt_path={checkpoint}"]).trainer.callback_metrics

@@ -1,20 +1,16 @@
 """Every combination of the MNIST configurations can be composed, made and run."""
 
 from itertools import product
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 
-import recipes
 from lightning_revflip.callbacks import EvolutionStrategies, Flipout, SGLDSampler
 from lightning_revflip.cli import RevflipCLI
 from lightning_revflip.flipout import Gaussian, MultiplicativeGaussian
 from recipes.mnist.report import UncertaintyReport
-
-CONFIGS = Path(recipes.__path__[0]) / "mnist" / "configs"
+from tests.helpers.recipe_runs import RECIPES, composer, config_args
 
 NETWORKS = {
     "mlp": ("mlp", [100]),
@@ -40,22 +36,9 @@ FLIPOUT = {
 }
 
 
-def config_args(*names: str) -> list[str]:
-    return [f"--config={CONFIGS / name}.yaml" for name in names]
-
-
 @pytest.fixture(scope="module")
 def compose():
-    """Composes configurations and makes what they name: model, data, callbacks, logger."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.argv", ["revflip"])
-        cli = RevflipCLI(config_args("base", "csv"), run=False)
-
-        def make(*names: str) -> SimpleNamespace:
-            made = cli.parser.instantiate_classes(cli.parser.parse_args(config_args(*names)))
-            return SimpleNamespace(model=made.model, data=made.data, trainer=made.trainer)
-
-        yield make
+    return composer("mnist")
 
 
 @pytest.mark.parametrize(
@@ -79,7 +62,7 @@ def test_every_choice_of_network_optimizer_and_data_can_be_composed(
 
 def test_no_configuration_is_left_out_of_the_tests():
     optimizers = {name for name in OPTIMIZERS if name}
-    assert {path.stem for path in CONFIGS.iterdir()} == {
+    assert {path.stem for path in (RECIPES / "mnist" / "configs").iterdir()} == {
         *APPLICATIONS,
         *OTHERS,
         *NETWORKS,
@@ -122,12 +105,13 @@ def test_every_network_can_be_sampled(compose, network, name):
     assert (report.source, report.dirpath) == ("bank", None)
 
 
-def test_every_network_can_be_trained_by_evolution(monkeypatch, tmp_path):
-    monkeypatch.delenv("REVFLIP_DATA", raising=False)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["revflip"])
-    args = ["fit", *config_args("base", "mlp", "small", "es", "csv"), "--data.batch_size=64"]
-    args += ["--trainer.limit_train_batches=2", "--trainer.check_val_every_n_epoch=1"]
+def test_every_network_can_be_trained_by_evolution(cwd):
+    args = ["fit", *config_args("mnist", "base", "mlp", "small", "es", "csv")]
+    args += [
+        "--data.batch_size=64",
+        "--trainer.limit_train_batches=2",
+        "--trainer.check_val_every_n_epoch=1",
+    ]
     trainer = RevflipCLI([*args, "--trainer.max_epochs=1"]).trainer
     assert any(isinstance(callback, EvolutionStrategies) for callback in trainer.callbacks)
     assert trainer.global_step == 2
@@ -157,18 +141,15 @@ def test_runs_log_to_wandb_offline_unless_csv_is_chosen(compose):
     ],
     ids="-".join,
 )
-def test_configuration_trains_and_is_tested_from_its_checkpoint(monkeypatch, tmp_path, names):
-    monkeypatch.delenv("REVFLIP_DATA", raising=False)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["revflip"])
-    args = ["fit", *config_args("base", *names, "small", "csv")]
+def test_configuration_trains_and_is_tested_from_its_checkpoint(cwd, names):
+    args = ["fit", *config_args("mnist", "base", *names, "small", "csv")]
     trainer = RevflipCLI(
         [*args, "--trainer.max_epochs=1", "--trainer.limit_train_batches=2"]
     ).trainer
     assert trainer.global_step == 2
     assert trainer.callback_metrics["val/nll"].isfinite()
 
-    (folder,) = (tmp_path / "runs" / "mnist").iterdir()
+    (folder,) = (cwd / "runs" / "mnist").iterdir()
     assert len(list((folder / "checkpoints").iterdir())) == 2
     args = ["test", f"--config={folder / 'config.yaml'}", "--trainer.logger=false"]
     tested = RevflipCLI([*args, f"--ckpt_path={folder / 'checkpoints' / 'last.ckpt'}"]).trainer
@@ -176,12 +157,13 @@ def test_configuration_trains_and_is_tested_from_its_checkpoint(monkeypatch, tmp
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_sampled_network_is_reported_on_from_its_checkpoint(monkeypatch, tmp_path, name):
-    monkeypatch.delenv("REVFLIP_DATA", raising=False)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["revflip"])
-    args = ["fit", *config_args("base", "mlp", name, "small", "csv"), "--data.batch_size=100"]
-    args += ["--trainer.max_epochs=2", "--trainer.check_val_every_n_epoch=1"]
+def test_sampled_network_is_reported_on_from_its_checkpoint(cwd, name):
+    args = ["fit", *config_args("mnist", "base", "mlp", name, "small", "csv")]
+    args += [
+        "--data.batch_size=100",
+        "--trainer.max_epochs=2",
+        "--trainer.check_val_every_n_epoch=1",
+    ]
     # The sampler is the last callback of all, and the options of a list are those of its last item.
     args += ["--trainer.callbacks.burn_in=10", "--trainer.callbacks.every_n_steps=2"]
     if name == "csgld":
@@ -191,7 +173,7 @@ def test_sampled_network_is_reported_on_from_its_checkpoint(monkeypatch, tmp_pat
     assert trainer.callback_metrics["sgld/samples"] >= chains
     assert trainer.callback_metrics["val/nll"].isfinite()
 
-    (folder,) = (tmp_path / "runs" / "mnist").iterdir()
+    (folder,) = (cwd / "runs" / "mnist").iterdir()
     args = ["test", f"--config={folder / 'config.yaml'}"]
     args.append(f"--ckpt_path={folder / 'checkpoints' / 'last.ckpt'}")
     found = RevflipCLI(args).trainer.callback_metrics

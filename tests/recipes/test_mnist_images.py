@@ -16,12 +16,7 @@ from recipes.mnist.data import HandwrittenDigits
 from recipes.mnist.images import download_mnist, find_images, parse_idx
 from tests.recipes.small_mnist import SMALL, idx, publish, write
 
-
-@pytest.fixture(autouse=True)
-def no_data_of_the_user(monkeypatch, tmp_path):
-    """Neither the environment nor the user's cache decides what a test finds."""
-    monkeypatch.delenv("REVFLIP_DATA", raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("no_data_of_the_user")
 
 
 @pytest.fixture

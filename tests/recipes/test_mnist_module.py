@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import LightningDataModule, Trainer, seed_everything
+from lightning.pytorch import LightningDataModule, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
@@ -16,22 +16,9 @@ from recipes.mnist.batches import Batch
 from recipes.mnist.data import HandwrittenDigits
 from recipes.mnist.module import Classifier
 from recipes.mnist.networks import cnn, mlp
+from tests.helpers.models import quiet_trainer
 
 REAL = os.environ.get("REVFLIP_DATA")
-
-
-def quiet_trainer(folder: Path, **kwargs) -> Trainer:
-    """A Trainer on the CPU that prints and writes nothing."""
-    defaults = {
-        "default_root_dir": folder,
-        "accelerator": "cpu",
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "num_sanity_val_steps": 0,
-    }
-    return Trainer(**{**defaults, **kwargs})
 
 
 # --- networks --------------------------------------------------------------------------------
@@ -250,6 +237,7 @@ def test_run_stopped_within_an_epoch_ends_with_the_weights_of_an_unbroken_one(tm
         )
         trainer = quiet_trainer(
             tmp_path,
+            max_epochs=-1,
             max_steps=10,
             limit_val_batches=0,
             enable_checkpointing=True,

@@ -13,14 +13,8 @@ from recipes.mnist.data import HandwrittenDigits
 from recipes.mnist.outliers import find_outliers, notmnist_file
 
 REAL = os.environ.get("REVFLIP_DATA")
+pytestmark = pytest.mark.usefixtures("no_data_of_the_user")
 FILE = "t10k-images-idx3-ubyte.gz"
-
-
-@pytest.fixture(autouse=True)
-def no_data_of_the_user(monkeypatch, tmp_path):
-    """Neither the environment nor the user's cache decides what a test finds."""
-    monkeypatch.delenv("REVFLIP_DATA", raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
 def write(folder: Path, number: int = 5, size: int = 28) -> torch.Tensor:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch import seed_everything
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import CSVLogger
 from matplotlib.figure import Figure
@@ -22,23 +22,10 @@ from recipes.mnist.module import Classifier
 from recipes.mnist.report import UncertaintyReport
 from recipes.mnist.uncertainty import summary
 from tests.helpers.loggers import RecordingWandb
+from tests.helpers.models import quiet_trainer
 
 REAL = os.environ.get("REVFLIP_DATA")
 SCORES = ["predictive_entropy", "max_probability", "mutual_information", "variation_ratio"]
-
-
-def quiet_trainer(folder: Path, *callbacks: Callback, **kwargs) -> Trainer:
-    """A Trainer on the CPU that prints nothing."""
-    defaults = {
-        "default_root_dir": folder,
-        "accelerator": "cpu",
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "callbacks": list(callbacks),
-    }
-    return Trainer(**{**defaults, **kwargs})
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +41,9 @@ def trained(tmp_path_factory) -> Classifier:
 def report_of(tmp_path, model, report, data=None, **kwargs) -> dict[str, float]:
     """What a test with a report logs."""
     data = HandwrittenDigits(source="digits", eval_batch_size=128) if data is None else data
-    (found,) = quiet_trainer(tmp_path, report, **kwargs).test(model, data, verbose=False)
+    (found,) = quiet_trainer(tmp_path, callbacks=[report], **kwargs).test(
+        model, data, verbose=False
+    )
     return found
 
 
@@ -194,7 +183,7 @@ def test_of_two_processes_the_first_reports_on_all_images(tmp_path):
 def test_letters_are_told_from_real_digits(tmp_path):
     seed_everything(1, verbose=False)
     model, data = Classifier(optimizer="sgd", lr=0.1), HandwrittenDigits("mnist", root=REAL)
-    trainer = quiet_trainer(tmp_path, UncertaintyReport(), max_epochs=1, limit_val_batches=0)
+    trainer = quiet_trainer(tmp_path, callbacks=[UncertaintyReport()], limit_val_batches=0)
     trainer.fit(model, data)
     (found,) = trainer.test(model, data, verbose=False)
     # One epoch of one network, measured: 0.84; guessing is 0.5.
@@ -215,7 +204,7 @@ def test_wandb_gets_figures_the_diagnostics_and_the_bank(tmp_path, chains, order
     callbacks = [sampler, UncertaintyReport("bank")][::order]
     model = Classifier(hidden=[20], optimizer="sgd", lr=0.5)
     data = HandwrittenDigits(source="digits", batch_size=100)
-    trainer = quiet_trainer(tmp_path, *callbacks, logger=logger, max_epochs=3)
+    trainer = quiet_trainer(tmp_path, callbacks=callbacks, logger=logger, max_epochs=3)
     trainer.fit(model, data)
     assert logger.figures == []
     (found,) = trainer.test(model, data, verbose=False)
@@ -296,7 +285,7 @@ def test_what_cannot_be_reported_is_explained(tmp_path, trained):
     with pytest.raises(
         TypeError, match="about a Classifier on HandwrittenDigits, got BoringModel and NoneType"
     ):
-        quiet_trainer(tmp_path, UncertaintyReport()).test(BoringModel(), verbose=False)
+        quiet_trainer(tmp_path, callbacks=[UncertaintyReport()]).test(BoringModel(), verbose=False)
     plain = Classifier((1, 8, 8), 10)
     with pytest.raises(ValueError, match="needs a network with dropout"):
         report_of(tmp_path, plain, UncertaintyReport("dropout"))
@@ -305,7 +294,7 @@ def test_what_cannot_be_reported_is_explained(tmp_path, trained):
 def test_nothing_is_reported_while_fitting_or_in_a_trial_run(tmp_path, trained):
     report = UncertaintyReport("dropout")
     data = HandwrittenDigits(source="digits")
-    trainer = quiet_trainer(tmp_path, report, max_epochs=1, limit_train_batches=1)
+    trainer = quiet_trainer(tmp_path, callbacks=[report], limit_train_batches=1)
     trainer.fit(Classifier(), data)
     assert not any("posterior" in name for name in trainer.callback_metrics)
     found = report_of(tmp_path, trained, report, fast_dev_run=True)

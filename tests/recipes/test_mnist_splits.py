@@ -12,12 +12,7 @@ from recipes.mnist.images import find_images
 from recipes.mnist.splits import check_balance, divide, draw
 from tests.recipes.small_mnist import SMALL, counts, idx, publish
 
-
-@pytest.fixture(autouse=True)
-def no_data_of_the_user(monkeypatch, tmp_path):
-    """Neither the environment nor the user's cache decides what a test finds."""
-    monkeypatch.delenv("REVFLIP_DATA", raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("no_data_of_the_user")
 
 
 @pytest.fixture

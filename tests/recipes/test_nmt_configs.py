@@ -2,15 +2,12 @@
 
 import os
 from itertools import product
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from torch import nn
 
-import recipes
 from lightning_revflip.callbacks import MemoryMonitor, ReversibleRNN
 from lightning_revflip.cli import RevflipCLI
 from lightning_revflip.reversible import RevGRU, RevLSTM
@@ -19,10 +16,10 @@ from recipes.common.throughput import TokensPerSecond
 from recipes.nmt.figures import TranslationSamples
 from recipes.nmt.record import TranslationRecord
 from recipes.nmt.writer import TranslationWriter
+from tests.helpers.recipe_runs import RECIPES, composer, config_args
 from tests.recipes.small_nmt import write_text
 
 REAL = os.environ.get("REVFLIP_DATA")
-CONFIGS = Path(recipes.__path__[0]) / "nmt" / "configs"
 
 SIZES = {"small": 128, "paper": 300}
 CELLS = {"lstm": nn.LSTM, "gru": nn.GRU}
@@ -46,28 +43,9 @@ EVERY_RUN = {
 }
 
 
-def config_args(*names: str) -> list[str]:
-    return [f"--config={CONFIGS / name}.yaml" for name in names]
-
-
 @pytest.fixture(scope="module")
 def compose():
-    """Composes configurations and makes what they name: model, data, callbacks, logger."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.argv", ["revflip"])
-        cli = RevflipCLI(config_args("base", "small", "lstm", "csv"), run=False)
-
-        def make(*names: str, args: tuple[str, ...] = ()) -> SimpleNamespace:
-            cli.config = cli.parser.parse_args([*config_args(*names), *args])
-            vars(cli).pop("config_dump", None)  # what models take their `hparams` from
-            made = cli.parser.instantiate_classes(cli.config)
-            callbacks = {type(callback): callback for callback in made.trainer.callbacks}
-            assert len(callbacks) == len(made.trainer.callbacks)
-            return SimpleNamespace(
-                model=made.model, data=made.data, trainer=made.trainer, callbacks=callbacks
-            )
-
-        yield make
+    return composer("nmt")
 
 
 @pytest.mark.parametrize("context", [None, *CONTEXTS])
@@ -100,7 +78,7 @@ def test_every_choice_of_size_cell_context_and_forgetting_limit_can_be_composed(
 
 def test_no_configuration_is_left_out_of_the_tests():
     others = {"base", "csv", "iwslt", "plain", "predict"}
-    names = {path.stem for path in CONFIGS.iterdir()}
+    names = {path.stem for path in (RECIPES / "nmt" / "configs").iterdir()}
     assert names == {*others, *SIZES, *CELLS, *CONTEXTS, *BITS}
 
 
@@ -170,14 +148,11 @@ def test_prediction_can_be_added(compose):
 
 
 @pytest.fixture
-def fit(monkeypatch, tmp_path):
-    """Runs `revflip fit` in an empty folder."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["revflip"])
+def fit(cwd):
+    """Runs `revflip fit`."""
 
     def run(*names: str, args: tuple[str, ...]):
-        return RevflipCLI(["fit", *config_args("base", *names, "csv"), *args]).trainer
+        return RevflipCLI(["fit", *config_args("nmt", "base", *names, "csv"), *args]).trainer
 
     return run
 
@@ -192,8 +167,7 @@ def fit(monkeypatch, tmp_path):
         (["lstm", "emb20h", "rev3", "plain"], RevLSTM, "plain"),
     ],
 )
-def test_configuration_trains_and_validates(monkeypatch, fit, names, layer, memory):
-    monkeypatch.delenv("REVFLIP_DATA", raising=False)
+def test_configuration_trains_and_validates(fit, names, layer, memory):
     trainer = fit(
         "small",
         *names,
@@ -227,9 +201,10 @@ def test_iwslt_size_trains_and_validates(fit, tmp_path, bits):
 @pytest.mark.data
 @pytest.mark.skipif(not REAL, reason="needs REVFLIP_DATA")
 def test_paper_size_trains_on_the_real_text(fit):
-    args = ["--data.source=multi30k", "--trainer.limit_val_batches=1", "--trainer.max_steps=2"]
-    args += ["--trainer.val_check_interval=2", "--trainer.log_every_n_steps=1"]
-    args += ["--trainer.num_sanity_val_steps=0", "--data.eval_batch_size=4"]
+    args = ["--data.source=multi30k", f"--data.root={REAL}", "--trainer.limit_val_batches=1"]
+    args += ["--trainer.max_steps=2", "--trainer.val_check_interval=2"]
+    args += ["--trainer.log_every_n_steps=1", "--trainer.num_sanity_val_steps=0"]
+    args += ["--data.eval_batch_size=4"]
     trainer = fit("paper", "lstm", "emb20h", "rev3", args=tuple(args))
     assert trainer.global_step == 2
     found = trainer.callback_metrics

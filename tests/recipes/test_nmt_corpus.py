@@ -21,13 +21,7 @@ from recipes.nmt.data import ParallelText
 from recipes.nmt.numbers import LARGEST, SIZES, number_splits, number_words, read_numbers
 
 REAL = os.environ.get("REVFLIP_DATA")
-
-
-@pytest.fixture(autouse=True)
-def no_data_of_the_user(monkeypatch, tmp_path):
-    """Neither the environment nor the user's cache decides what a test finds."""
-    monkeypatch.delenv("REVFLIP_DATA", raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("no_data_of_the_user")
 
 
 @pytest.fixture

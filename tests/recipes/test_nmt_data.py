@@ -13,14 +13,9 @@ from recipes.nmt.data import ParallelText
 from recipes.nmt.tokenization import Tokenizer
 from recipes.nmt.vocabulary import BEGIN, END, PAD, UNKNOWN, Vocabulary
 
+pytestmark = pytest.mark.usefixtures("no_data_of_the_user")
+
 FILES = [f"{split}_{side}" for split in ("train", "val", "test") for side in ("source", "target")]
-
-
-@pytest.fixture(autouse=True)
-def no_data_of_the_user(monkeypatch, tmp_path):
-    """Neither the environment nor the user's cache decides what a test finds."""
-    monkeypatch.delenv("REVFLIP_DATA", raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
 @pytest.fixture

@@ -17,7 +17,8 @@ from recipes.nmt.data import ParallelText
 from recipes.nmt.figures import TranslationSamples, attention_figure
 from recipes.nmt.vocabulary import END
 from tests.helpers.loggers import RecordingTensorBoard, RecordingWandb
-from tests.recipes.small_nmt import quiet_trainer, random_pairs, small_model, write_text
+from tests.helpers.models import quiet_trainer
+from tests.recipes.small_nmt import random_pairs, small_model, write_text
 
 # --- the parts -------------------------------------------------------------------------------
 

@@ -17,12 +17,12 @@ from recipes.nmt.data import ParallelText
 from recipes.nmt.module import Translator
 from recipes.nmt.search import length_penalty_of
 from recipes.nmt.vocabulary import BEGIN, END, PAD, UNKNOWN
+from tests.helpers.models import quiet_trainer
 from tests.recipes.small_nmt import (
     CONTEXTS,
     MODES,
     REVERSIBLE,
     far_from_uniform,
-    quiet_trainer,
     random_batch,
     random_pairs,
     small_model,

@@ -8,7 +8,8 @@ from recipes.nmt.batches import select
 from recipes.nmt.data import ParallelText
 from recipes.nmt.record import TranslationRecord
 from tests.helpers.loggers import RecordingWandb
-from tests.recipes.small_nmt import far_from_uniform, quiet_trainer, small_model, write_text
+from tests.helpers.models import quiet_trainer
+from tests.recipes.small_nmt import far_from_uniform, small_model, write_text
 
 
 @pytest.fixture

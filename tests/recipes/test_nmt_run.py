@@ -1,23 +1,21 @@
 """The translation recipe from the command line: fit, validate, test, predict, go on."""
 
-import csv
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
-import recipes
 from lightning_revflip.cli import main
 from lightning_revflip.convert import load_from_checkpoint
 from recipes.nmt.batches import Pair, collate
 from recipes.nmt.module import Translator
 from recipes.nmt.tokenization import Tokenizer
 from recipes.nmt.vocabulary import UNKNOWN, Vocabulary
+from tests.helpers.recipe_runs import config_args, last_values
 from tests.recipes.small_nmt import write_text
 
-CONFIGS = Path(recipes.__path__[0]) / "nmt" / "configs"
+pytestmark = pytest.mark.usefixtures("cwd")
 TINY = (
     "--model.embedding_size=12",
     "--model.hidden_size=20",
@@ -32,25 +30,8 @@ TINY = (
 REVERSIBLE = ("base", "small", "lstm", "emb20h", "rev3", "csv")
 
 
-@pytest.fixture(autouse=True)
-def somewhere_else(monkeypatch, tmp_path):
-    """Commands run in an empty folder, without data of the user."""
-    monkeypatch.delenv("REVFLIP_DATA", raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr("sys.argv", ["revflip"])
-    monkeypatch.setattr("sys.path", [*sys.path])
-    monkeypatch.chdir(tmp_path)
-
-
 def revflip(subcommand: str, *args: str, configs: tuple[str, ...] = ()) -> None:
-    main([subcommand, *(f"--config={CONFIGS / name}.yaml" for name in configs), *args])
-
-
-def metrics(folder: Path) -> dict[str, float]:
-    """The last value of everything that a run logged."""
-    with (folder / "metrics.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    return {name: float(value) for row in rows for name, value in row.items() if value}
+    main([subcommand, *config_args("nmt", *configs), *args])
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +55,7 @@ def from_run(run: Path) -> tuple[str, str]:
 def predict(run: Path, *args: str) -> None:
     config, _ = from_run(run)
     checkpoint = f"--ckpt_path={random_checkpoint(run)}"
-    revflip("predict", config, f"--config={CONFIGS / 'predict.yaml'}", checkpoint, *args)
+    revflip("predict", config, *config_args("nmt", "predict"), checkpoint, *args)
 
 
 def random_checkpoint(run: Path) -> Path:
@@ -93,7 +74,7 @@ def random_checkpoint(run: Path) -> Path:
 
 
 def test_fit_then_validate_and_test_from_its_own_config(run, tmp_path):
-    fitted = metrics(run)
+    fitted = last_values(run)
     scores = ("perplexity", "bleu", "bleu_tokenized", "exact_match")
     for name in ("train/loss", "train/perplexity", "train/lr", "val/perplexity"):
         assert fitted[name] > 0
@@ -103,19 +84,22 @@ def test_fit_then_validate_and_test_from_its_own_config(run, tmp_path):
     assert fitted["memory/saved_for_backward_bytes"] > 0
 
     revflip("validate", *from_run(run))
-    validated = metrics(tmp_path / "runs" / "nmt" / "version_0")
+    validated = last_values(tmp_path / "runs" / "nmt" / "version_0")
     for name in scores:
         assert validated[f"val/{name}"] == pytest.approx(fitted[f"val/{name}"], rel=1e-6)
 
     revflip("test", *from_run(run))
-    tested = metrics(tmp_path / "runs" / "nmt" / "version_1")
+    tested = last_values(tmp_path / "runs" / "nmt" / "version_1")
     assert tested["test/perplexity"] > 1
     assert {f"test/{name}" for name in scores} <= set(tested)
 
 
 def test_run_has_its_checkpoints_and_records_its_configuration(run):
     names = {path.name for path in (run / "checkpoints").iterdir()}
-    assert names == {"last.ckpt", f"epoch001-perplexity{metrics(run)['val/perplexity']:.2f}.ckpt"}
+    assert names == {
+        "last.ckpt",
+        f"epoch001-perplexity{last_values(run)['val/perplexity']:.2f}.ckpt",
+    }
     record = yaml.safe_load((run / "hparams.yaml").read_text())
     assert record["seed_everything"] == 1111
     assert record["model"]["init_args"]["context"] == "embedding+slice:20"
@@ -140,7 +124,7 @@ def test_two_epochs_in_one_go_are_one_and_one_more(tmp_path):
     states = [checkpoint["optimizer_states"][0]["state"] for checkpoint in (whole, resumed)]
     for number, state in states[0].items():
         assert torch.equal(states[1][number]["exp_avg_sq"], state["exp_avg_sq"])
-    found = [metrics(runs / f"version_{number}")["val/perplexity"] for number in (0, 2)]
+    found = [last_values(runs / f"version_{number}")["val/perplexity"] for number in (0, 2)]
     assert found[0] == found[1]
 
 
@@ -170,7 +154,7 @@ def test_arguments_of_the_model_can_be_changed_after_training(run, tmp_path, arg
 
 
 def test_the_checkpoint_gives_what_no_configuration_names(run, tmp_path):
-    configs = (f"--config={CONFIGS / name}.yaml" for name in ("base", "rev3", "csv", "plain"))
+    configs = config_args("nmt", "base", "rev3", "csv", "plain")
     data = yaml.safe_load((run / "config.yaml").read_text())["data"]["init_args"]
     files = (f"--data.{name}={value}" for name, value in data.items() if value is not None)
     revflip("test", *configs, *files, f"--ckpt_path={random_checkpoint(run)}")
@@ -261,7 +245,7 @@ def test_predict_and_test_need_no_training_text(tmp_path):
         Path(text[name]).unlink()
     without = ["--data.train_source=null", "--data.train_target=null"]
     revflip("test", *from_run(run), *without)
-    assert metrics(tmp_path / "runs" / "nmt" / "version_1")["test/perplexity"] > 1
+    assert last_values(tmp_path / "runs" / "nmt" / "version_1")["test/perplexity"] > 1
 
     for path in tmp_path.glob("*.*urce"):
         path.unlink()
@@ -287,6 +271,6 @@ def test_reversible_model_learns_number_words(tmp_path):
     revflip("fit", "--trainer.max_epochs=3", configs=REVERSIBLE)
     run = tmp_path / "runs" / "nmt" / "version_0"
     revflip("test", *from_run(run))
-    found = metrics(tmp_path / "runs" / "nmt" / "version_1")
+    found = last_values(tmp_path / "runs" / "nmt" / "version_1")
     assert found["test/exact_match"] >= 0.95
     assert found["test/perplexity"] < 1.1

@@ -19,6 +19,7 @@ from recipes.nmt.batches import Batch, collate
 from recipes.nmt.data import ParallelText
 from recipes.nmt.module import Translator
 from recipes.nmt.vocabulary import PAD
+from tests.helpers.models import quiet_trainer
 from tests.recipes.small_nmt import (
     CONTEXTS,
     MODES,
@@ -29,7 +30,6 @@ from tests.recipes.small_nmt import (
     gradients,
     learn,
     pair,
-    quiet_trainer,
     random_batch,
     random_pairs,
     small_model,

@@ -13,12 +13,12 @@ from lightning_revflip.callbacks import ReversibleRNN
 from lightning_revflip.convert import convert
 from recipes.nmt.data import ParallelText
 from recipes.nmt.module import PAPER_RATES
+from tests.helpers.models import quiet_trainer
 from tests.recipes.small_nmt import (
     MODES,
     REVERSIBLE,
     learn,
     pair,
-    quiet_trainer,
     random_batch,
     small_model,
     write_text,

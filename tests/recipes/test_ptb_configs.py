@@ -2,15 +2,12 @@
 
 import os
 from itertools import product
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from torch import nn
 
-import recipes
 from lightning_revflip.callbacks import Flipout, MemoryMonitor, ReversibleRNN
 from lightning_revflip.cli import RevflipCLI
 from lightning_revflip.flipout import DropConnect, FlipoutLSTM, MultiplicativeGaussian
@@ -19,9 +16,9 @@ from lightning_revflip.reversible_flipout import FlipoutRevLSTM
 from recipes.common.figures import ReversibleFigures
 from recipes.common.throughput import TokensPerSecond
 from recipes.ptb.writer import TextWriter
+from tests.helpers.recipe_runs import RECIPES, composer, config_args
 
 REAL = os.environ.get("REVFLIP_DATA")
-CONFIGS = Path(recipes.__path__[0]) / "ptb" / "configs"
 
 SIZES = {
     "small": (["small"], 200, [200]),
@@ -45,26 +42,9 @@ FLIPOUT = {
 EVERY_RUN = {RichProgressBar, ModelCheckpoint, MemoryMonitor, TokensPerSecond, ReversibleFigures}
 
 
-def config_args(*names: str) -> list[str]:
-    return [f"--config={CONFIGS / name}.yaml" for name in names]
-
-
 @pytest.fixture(scope="module")
 def compose():
-    """Composes configurations and makes what they name: model, data, callbacks, logger."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.argv", ["revflip"])
-        cli = RevflipCLI(config_args("base", "small", "lstm", "csv"), run=False)
-
-        def make(*names: str) -> SimpleNamespace:
-            made = cli.parser.instantiate_classes(cli.parser.parse_args(config_args(*names)))
-            callbacks = {type(callback): callback for callback in made.trainer.callbacks}
-            assert len(callbacks) == len(made.trainer.callbacks)
-            return SimpleNamespace(
-                model=made.model, data=made.data, trainer=made.trainer, callbacks=callbacks
-            )
-
-        yield make
+    return composer("ptb")
 
 
 @pytest.mark.parametrize(("size", "cell", "bits"), [*product(SIZES, CELLS, [None, *BITS])])
@@ -87,7 +67,8 @@ def test_every_choice_of_size_cell_and_forgetting_limit_can_be_composed(compose,
 def test_no_configuration_is_left_out_of_the_tests():
     others = {"base", "char", "csv", "predict", "sequence", "lstm_weightdrop", *FLIPOUT}
     composed = {name for names, *_ in SIZES.values() for name in names}
-    assert {path.stem for path in CONFIGS.iterdir()} == {*others, *composed, *CELLS, *BITS}
+    names = {path.stem for path in (RECIPES / "ptb" / "configs").iterdir()}
+    assert names == {*others, *composed, *CELLS, *BITS}
 
 
 def test_paper_size_has_the_hyperparameters_of_the_paper(compose):
@@ -158,11 +139,8 @@ def test_recurrent_weights_are_dropped_for_a_batch_or_for_each_sequence(compose,
     ],
     ids=lambda value: "-".join(value) if isinstance(value, list) else "",
 )
-def test_only_recurrent_weights_are_perturbed_while_training(monkeypatch, tmp_path, names, layer):
-    monkeypatch.delenv("REVFLIP_DATA", raising=False)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["revflip"])
-    args = ["fit", *config_args("base", "small", *names, "csv"), "--data.source=embedded"]
+def test_only_recurrent_weights_are_perturbed_while_training(cwd, names, layer):
+    args = ["fit", *config_args("ptb", "base", "small", *names, "csv"), "--data.source=embedded"]
     args += ["--model.embedding_size=20", "--model.hidden_sizes=[20]"]
     model = RevflipCLI([*args, "--trainer.fast_dev_run=2"]).trainer.lightning_module
     (rnn,) = model.rnns
@@ -184,11 +162,8 @@ def test_only_recurrent_weights_are_perturbed_while_training(monkeypatch, tmp_pa
         ["gru", "nf", "sequence"],
     ],
 )
-def test_configuration_trains_and_validates(monkeypatch, tmp_path, names):
-    monkeypatch.delenv("REVFLIP_DATA", raising=False)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["revflip"])
-    args = ["fit", *config_args("base", "small", *names, "csv")]
+def test_configuration_trains_and_validates(cwd, names):
+    args = ["fit", *config_args("ptb", "base", "small", *names, "csv")]
     args += ["--data.source=embedded", "--model.embedding_size=20", "--model.hidden_sizes=[20]"]
     trainer = RevflipCLI([*args, "--trainer.fast_dev_run=2"]).trainer
     assert trainer.global_step == 2
@@ -198,11 +173,10 @@ def test_configuration_trains_and_validates(monkeypatch, tmp_path, names):
 @pytest.mark.slow
 @pytest.mark.data
 @pytest.mark.skipif(not REAL, reason="needs REVFLIP_DATA")
-def test_paper_size_in_memory_mode_sequence_trains_on_the_real_text(monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["revflip"])
-    args = ["fit", *config_args("base", "paper", "lstm", "rev3", "sequence", "csv")]
-    args += ["--data.source=ptb", "--trainer.limit_val_batches=2", "--trainer.log_every_n_steps=1"]
+def test_paper_size_in_memory_mode_sequence_trains_on_the_real_text(cwd):
+    args = ["fit", *config_args("ptb", "base", "paper", "lstm", "rev3", "sequence", "csv")]
+    args += ["--data.source=ptb", f"--data.root={REAL}"]
+    args += ["--trainer.limit_val_batches=2", "--trainer.log_every_n_steps=1"]
     trainer = RevflipCLI([*args, "--trainer.max_steps=2", "--trainer.val_check_interval=2"]).trainer
     assert trainer.global_step == 2
     assert isinstance(trainer.model.softmax, LinearCrossEntropy)

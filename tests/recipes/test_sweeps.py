@@ -67,11 +67,8 @@ def found_in(config: dict, name: str):
 
 @pytest.mark.parametrize("path", SWEEPS, ids=sweep_id)
 def test_run_of_a_sweep_trains_without_wandb_and_matplotlib_and_logs_its_metric(
-    monkeypatch, tmp_path, path
+    monkeypatch, cwd, path
 ):
-    monkeypatch.delenv("REVFLIP_DATA", raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr("sys.argv", ["revflip"])
     monkeypatch.setitem(sys.modules, "matplotlib", None)  # its import raises
     monkeypatch.setitem(sys.modules, "wandb", None)
     sweep, recipe = read(path), path.parent.name
@@ -80,13 +77,12 @@ def test_run_of_a_sweep_trains_without_wandb_and_matplotlib_and_logs_its_metric(
     arguments = {name: {"value": value} for name, value in values.items()}
     flags = create_sweep_command_args({"args": arguments})["args"]
     command = [each.replace("=recipes/", f"={RECIPES}/") for each in sweep["command"][2:-1]]
-    short = [*config_args(recipe, "csv"), *tiny(recipe, tmp_path), *SHORT.get(sweep["name"], [])]
-    monkeypatch.chdir(tmp_path)
+    short = [*config_args(recipe, "csv"), *tiny(recipe, cwd), *SHORT.get(sweep["name"], [])]
     fit(*command, *short, *flags)
 
-    (config,) = tmp_path.rglob("config.yaml")
+    (config,) = cwd.rglob("config.yaml")
     found = yaml.safe_load(config.read_text())
     assert {name: found_in(found, name) for name in values} == values
-    logged = {name for row in csv_rows(tmp_path) for name in row}
+    logged = {name for row in csv_rows(cwd) for name in row}
     assert sweep["metric"]["name"] in logged
-    assert list(tmp_path.rglob("*.png")) == []
+    assert list(cwd.rglob("*.png")) == []

@@ -12,7 +12,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer, seed_everythin
 from lightning_revflip.callbacks import ReversibleRNN
 from recipes.nmt.data import ParallelText
 from recipes.nmt.writer import TranslationWriter
-from tests.recipes.small_nmt import quiet_trainer, small_model, write_text
+from tests.helpers.models import quiet_trainer
+from tests.recipes.small_nmt import small_model, write_text
 
 
 class Seed(Callback):
