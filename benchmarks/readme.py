@@ -1,4 +1,4 @@
-"""Writes tables of README files from results/*.json, so that no figure there is typed in.
+"""Writes tables and figures of README files from results/*.json, so that none is typed in.
 
 python -m benchmarks.readme
 """
@@ -6,12 +6,12 @@ python -m benchmarks.readme
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.tables import read
-from benchmarks.tables.markdown import grouped, mean, table
+from benchmarks.tables import cards, read
+from benchmarks.tables.markdown import table
 
 ROOT = Path(__file__).parent.parent
 
@@ -157,41 +157,49 @@ def alternatives() -> str:
     )
 
 
-def classifiers() -> str:
-    """Classifiers of digits by flipout and evolution strategies."""
-    data = {"small": "digits"}
-    lines = [
-        [
-            f"`{run}`",
-            data.get(run.split(",")[-1], "MNIST"),
-            len(seeds),
-            mean(seeds, "accuracy", 2, 100),
-            mean(seeds, "nll", 3),
-            mean(seeds, "ece", 2, 100),
-        ]
-        for (run,), seeds in grouped(rows("recipes", recipe="mnist"), "run").items()
-    ]
-    return table(["run", "data", "seeds", "test accuracy, %", "nll", "ece, %"], lines, texts=2)
-
-
-TABLES: dict[str, dict[str, Callable[[], str]]] = {
-    "README.md": {"memory": memory, "recipes": recipes, "alternatives": alternatives},
-    "recipes/mnist/README.md": {"classifiers": classifiers},
+TABLES: dict[str, list[Callable[[], str]]] = {
+    "README.md": [memory, recipes, alternatives],
+    "recipes/ptb/README.md": [
+        cards.small_cells,
+        cards.paper_cells,
+        cards.perturbed_cells,
+        cards.perturbed_revlstm,
+        cards.small_cells_at_20,
+        cards.revgru_at_20,
+    ],
+    "recipes/nmt/README.md": [cards.translations, cards.translation_step, cards.number_words],
+    "recipes/mnist/README.md": [
+        cards.classifiers,
+        cards.posteriors,
+        cards.anomalies,
+        cards.attacks,
+        cards.labels_needed,
+        cards.random_picks,
+    ],
+    "recipes/es_cartpole/README.md": [cards.cartpole],
 }
 
 
-def filled(text: str, tables: dict[str, Callable[[], str]]) -> str:
-    """The text with each table between its two comments.
+def filled(text: str, tables: Iterable[Callable[[], str]]) -> str:
+    """The text with each table, or figures in a sentence, between the two comments of its name.
 
     Raises:
         ValueError: if a comment is missing.
     """
-    for name, make in tables.items():
-        begin, end = f"<!-- table: {name} -->", f"<!-- end: {name} -->"
+    for make in tables:
+        name, made = make.__name__, make()
+        begin, end = f"<!-- table: {name} -->\n", f"<!-- end: {name} -->"
+        if begin in text:
+            made += "\n"
+        else:
+            begin = f"<!-- figures: {name} -->"
         start, stop = text.find(begin), text.find(end)
         if not 0 <= start < stop:
-            raise ValueError(f"There is no place for a table: the comments {begin} and {end}.")
-        text = f"{text[:start]}{begin}\n{make()}\n{text[stop:]}"
+            raise ValueError(
+                f"There is no place for {name}: write <!-- table: {name} --> or, within a line, "
+                f"{begin}, and behind it {end}."
+            )
+        text = f"{text[:start]}{begin}{made}{text[stop:]}"
     return text
 
 

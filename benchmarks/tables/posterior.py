@@ -172,10 +172,10 @@ def apd_modes(results: Results) -> str:
     )
 
 
-def score(found: Results, key: str) -> str:
+def score(found: Results, key: str, digits: int = 0) -> str:
     """AUROC in percent by predictive entropy and, where there is one, mutual information."""
     names = (key.format(kind) for kind in ("predictive_entropy", "mutual_information"))
-    return " / ".join(f"{100 * found[name]:.0f}" for name in names if name in found)
+    return " / ".join(f"{100 * found[name]:.{digits}f}" for name in names if name in found)
 
 
 @shown
