@@ -61,7 +61,8 @@ def recipes() -> str:
                 "Penn Treebank, or an embedded text without any download",
                 f"the paper's model, its first 2,000 steps: validation perplexity "
                 f"{perplexity['lstm']:.0f} as LSTM, "
-                f"{perplexity['revlstm_forgetful_sequence']:.0f} as RevLSTM",
+                f"{perplexity['revlstm_sequence']:.0f} as RevLSTM, "
+                f"{perplexity['revlstm_forgetful_sequence']:.0f} with `forget_bias` -3",
             ],
             [
                 "[`nmt`](recipes/nmt/README.md)",

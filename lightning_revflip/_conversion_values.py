@@ -6,9 +6,13 @@ a checkpoint that is loaded with `weights_only=True`, or in a JSON file.
 """
 
 import importlib
+import re
+import sys
 from typing import Any
 
 _CONFIG_KEYS = {"class_path", "init_args"}
+_OURS = re.compile(r"lightning_revflip(?!\.cli\b)(\.\w+)*")
+"""Modules that may be imported because a name says so: to import them does nothing else."""
 
 
 def plain(value: Any, name: str) -> Any:
@@ -73,10 +77,18 @@ def importable(target: Any) -> str:
 def imported(name: str) -> Any:
     """The class or function of an importable name.
 
+    The name may come from a file that somebody sent, and to import a module runs it: only modules
+    of this package are imported, others must have been.
+
     Raises:
-        ValueError: if there is none.
+        ValueError: if there is none, or its module has not been imported.
     """
     module, _, qualname = name.partition(":")
+    if module not in sys.modules and not _OURS.fullmatch(module):
+        raise ValueError(
+            f"a conversion names {name}, and {module} has not been imported. If you trust where "
+            f"the name comes from, import {module} first."
+        )
     try:
         target: Any = importlib.import_module(module)
         for part in qualname.split("."):

@@ -210,7 +210,7 @@ def apply_spec(module: nn.Module, spec: ConversionSpec) -> None:
         found = {path: place for place in find_places(module) for path in place.paths}
         for path in conversion.paths:
             kind = type(found[path].module) if path in found else None
-            if kind is not imported(conversion.source):
+            if kind is None or importable(kind) != conversion.source:
                 raise ValueError(
                     f"the conversion expects a {conversion.source} at {path!r}, found "
                     f"{'nothing' if kind is None else kind.__name__}. "

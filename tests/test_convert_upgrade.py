@@ -304,7 +304,7 @@ def test_an_argument_that_could_not_be_repeated_is_refused(value, message: str) 
     ("class_path", "init_args", "message"),
     [
         ("subprocess:Popen", {"args": ["true"]}, "subprocess:Popen is not a class with to_config"),
-        ("no_such_module:Offset", {}, "no_such_module:Offset cannot be imported"),
+        ("no_such_module:Offset", {}, "no_such_module has not been imported"),
         (f"{__name__}:Offset", {"start": -1.0}, "cannot build .* start must not be negative"),
     ],
     ids=["not for this", "missing", "bad argument"],

@@ -167,8 +167,8 @@ def finished_bank(folder: Path, first_step: int) -> SampleBank:
     bank = SampleBank(folder)
     if len(bank) == 0:
         raise ValueError(
-            f"{folder} holds no sample yet: the first is taken at step {first_step}. Train longer. "
-            f"{way_out}"
+            f"{folder} holds no sample yet: the first is taken at step {first_step}. Train longer, "
+            f"or lower burn_in. {way_out}"
         )
     return bank
 

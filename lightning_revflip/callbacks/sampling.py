@@ -215,6 +215,16 @@ class SGLDSampler(Callback):
         if trainer.global_rank == 0 or independent(trainer):
             self._collection = self._open(trainer, pl_module)
         self._hook = optimizer.register_step_post_hook(functools.partial(self._collect, trainer))
+        planned = trainer.estimated_stepping_batches
+        if planned < self._first_step:
+            rank_zero_warn(
+                f"There will be no samples: training ends at step {planned:.0f}, and the first is "
+                f"taken at step {self._first_step}. Lower burn_in, or train longer."
+            )
+
+    @property
+    def _first_step(self) -> int:
+        return self.burn_in + self.every_n_steps
 
     @property
     def collection(self) -> Collection:
@@ -292,8 +302,7 @@ class SGLDSampler(Callback):
         if trainer.state.fn == TrainerFn.FITTING:
             bank = self._bank_so_far(trainer)
         else:
-            first = self.burn_in + self.every_n_steps
-            bank = finished_bank(self.bank_folder(trainer), first)
+            bank = finished_bank(self.bank_folder(trainer), self._first_step)
         if bank is None:
             return
         count = min(self.eval_samples, len(bank))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import filecmp
+import os
 import re
 import shlex
 import shutil
@@ -57,7 +58,10 @@ def copy_recipe(name: str, folder: Path, force: bool = False) -> tuple[list[Path
         if target.is_file() and filecmp.cmp(file, target, shallow=False):
             same.append(target)
         else:
-            (differing if target.exists() else new).append(target)
+            (differing if os.path.lexists(target) else new).append(target)
+    folders = [str(target) for target in differing if target.is_dir()]
+    if folders:
+        raise RecipeError(f"there are folders where files go: {', '.join(folders)}. Move them.")
     if differing and not force:
         listed = "\n".join(f"  {target}" for target in differing)
         raise RecipeError(
@@ -66,6 +70,8 @@ def copy_recipe(name: str, folder: Path, force: bool = False) -> tuple[list[Path
         )
     for target in (*new, *differing):
         target.parent.mkdir(parents=True, exist_ok=True)
+        if target.is_symlink():
+            target.unlink()  # what it leads to is not overwritten
         # Contents only: an installed file may be read-only, its copy is to be edited.
         shutil.copyfile(source / target.relative_to(folder / "recipes"), target)
     return [*new, *differing], same

@@ -138,11 +138,14 @@ def _devices() -> Iterator[Finding]:
 
 
 def _compiler() -> Finding:
-    command = shlex.split(os.environ.get("CC") or "cc")
+    command = shlex.split(os.environ.get("CC") or "") or ["cc"]
     if shutil.which(command[0]) is None:
         advice = f"no {command[0]}: install one, or name one in CC, for faster steps on a CPU"
         return Finding("note", "C compiler", advice)
-    run = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True)
+    try:
+        run = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.SubprocessError) as error:
+        return Finding("note", "C compiler", f"{command[0]} does not work: {error}")
     return Finding("ok", "C compiler", run.stdout.partition("\n")[0])
 
 

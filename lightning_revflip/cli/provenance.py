@@ -13,7 +13,7 @@ import torch
 
 from lightning_revflip import __version__
 
-PACKAGES = ("torch", "lightning", "torchmetrics", "numpy")
+PACKAGES = ("lightning", "torchmetrics", "numpy")
 
 
 def provenance(device: torch.device | str = "cpu") -> dict[str, Any]:
@@ -42,7 +42,11 @@ def provenance(device: torch.device | str = "cpu") -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that decide what a run computes."""
-    found = {"python": platform.python_version(), "lightning-revflip": __version__}
+    found = {
+        "python": platform.python_version(),
+        "lightning-revflip": __version__,
+        "torch": str(torch.__version__),  # with its build, such as +cpu
+    }
     for name in PACKAGES:
         try:
             found[name] = metadata.version(name)

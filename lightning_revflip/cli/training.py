@@ -9,12 +9,11 @@ named by their import path and are looked up in installed packages and in the wo
 from __future__ import annotations
 
 import json
-import os
 import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import yaml  # type: ignore[import-untyped]
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
@@ -53,28 +52,38 @@ class SaveRunConfig(SaveConfigCallback):
 class Parser(LightningArgumentParser):
     """Says where classes and files are looked up when one is not found."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # While a file is read, its folder is the working directory.
+        self.folder = Path.cwd()
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if "class_path" in message and ("No module" in message or "has no attribute" in message):
             message += (
                 f"\n\nClasses are looked up in installed packages and in the working directory, "
-                f"{os.getcwd()}. Check the spelling, install what is missing, or run revflip where "
+                f"{self.folder}. Check the spelling, install what is missing, or run revflip where "
                 "the module is."
             )
-        name = missing_recipe(message)
+        if "class_path 'lightning.LightningModule'" in message:
+            message += (
+                "\n\nNo configuration before this one names a model. Give the one that does first: "
+                "of the recipes it is base.yaml."
+            )
+        name = missing_recipe(message, self.folder)
         if name is not None:
             message += (
-                f"\n\nThere is no folder recipes/{name} in the working directory. Copy it there: "
-                f"revflip copy {name} ."
+                f"\n\nThere is no folder recipes/{name} in the working directory, {self.folder}. "
+                f"Change to the folder that has it, or copy it there: revflip copy {name} ."
             )
         super().error(message, ex)
 
 
-def missing_recipe(message: str) -> str | None:
-    """The recipe whose file or class an error did not find, if the working directory lacks it."""
+def missing_recipe(message: str, folder: Path) -> str | None:
+    """The recipe whose file or class an error did not find, if a folder lacks it."""
     if "does not exist" not in message and "No module named 'recipes" not in message:
         return None
     named = set(re.findall(r"\brecipes[./](\w+)", message)) & set(recipe_names())
-    return next((name for name in sorted(named) if not Path("recipes", name).is_dir()), None)
+    return next((name for name in sorted(named) if not (folder / "recipes" / name).is_dir()), None)
 
 
 class RevflipCLI(LightningCLI):

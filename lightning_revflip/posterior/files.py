@@ -55,8 +55,8 @@ def remove_file(path: Path) -> None:
 
 
 def remove_leftovers(folder: Path, pattern: str, named: set[str]) -> None:
-    """Remove what a killed writer left: temporary files, and files that no manifest names."""
-    for path in [*folder.glob(pattern), *folder.glob(f"*{_TEMPORARY}")]:
+    """Remove what a killed writer left of a pattern: temporary files, and those without a name."""
+    for path in [*folder.glob(pattern), *folder.glob(f"{pattern}{_TEMPORARY}")]:
         if path.name not in named:
             remove_file(path)
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from lightning_revflip.posterior.files import remove_leftovers, write_file
 
 _CONFIG = "config.json"
+_TENSORS = "tensors-*.safetensors"
 _FORMAT = "lightning_revflip.posterior"
 _VERSION = 1
 
@@ -39,7 +40,7 @@ def save_tensors(
         OSError: if writing fails; what was saved before stays valid then.
     """
     folder = Path(path)
-    if folder.exists() and any(folder.iterdir()) and not (folder / _CONFIG).exists():
+    if folder.exists() and any(folder.iterdir()) and not _is_ours(folder):
         raise FileExistsError(
             f"{folder} holds other files, and is left alone. Save into a new or empty folder."
         )
@@ -57,7 +58,7 @@ def save_tensors(
     }
     write_file(folder / file, data)
     write_file(folder / _CONFIG, json.dumps(config, indent=2).encode())
-    remove_leftovers(folder, "tensors-*.safetensors", {file})
+    remove_leftovers(folder, _TENSORS, {file})
 
 
 def load_tensors(path: str | PathLike[str], kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -86,6 +87,15 @@ def load_tensors(path: str | PathLike[str], kind: str) -> tuple[dict[str, Any], 
             f"{config['crc32']:08x}. Copy the folder again, or fit it anew."
         )
     return config["values"], safetensors.torch.load(data)
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether `save_tensors` wrote the config of a folder."""
+    try:
+        _read_config(folder / _CONFIG)
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -362,3 +362,10 @@ def test_a_run_that_a_full_disk_stopped_can_be_resumed(tmp_path, monkeypatch, ex
     bank = SampleBank(tmp_path / "bank")
     assert bank.steps == expected.steps
     assert torch.equal(bank.rows(), expected.rows())
+
+
+def test_a_training_that_ends_before_the_first_sample_is_warned_of(tmp_path):
+    with pytest.warns(
+        UserWarning, match=r"no samples: .* ends at step \d+, .* at step 1010\. Lower"
+    ):
+        fit(tmp_path, sampler(tmp_path, burn_in=1000, every_n_steps=10))

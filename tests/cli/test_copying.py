@@ -128,3 +128,22 @@ def test_commands_of_the_readme_work_in_the_copy(tmp_path):
         subprocess.run([sys.executable, "-m", *command], cwd=tmp_path, env=env, check=True)
     assert (tmp_path / "runs" / "ptb" / "version_0" / "config.yaml").is_file()
     assert (tmp_path / "runs" / "demo").is_dir()
+
+
+def test_a_link_is_replaced_and_not_written_through(tmp_path):
+    target = tmp_path / "mine" / "recipes" / "__init__.py"
+    target.parent.mkdir(parents=True)
+    target.symlink_to(tmp_path / "elsewhere.py")
+    with pytest.raises(RecipeError, match="exist and differ"):
+        copy_recipe("ptb", tmp_path / "mine")
+    copy_recipe("ptb", tmp_path / "mine", force=True)
+    assert not (tmp_path / "elsewhere.py").exists()
+    assert target.is_file()
+    assert not target.is_symlink()
+
+
+def test_a_folder_in_the_place_of_a_file_is_named_before_anything_is_copied(tmp_path):
+    (tmp_path / "recipes" / "ptb" / "module.py").mkdir(parents=True)
+    with pytest.raises(RecipeError, match=r"folders where files go: .*module\.py"):
+        copy_recipe("ptb", tmp_path, force=True)
+    assert not contents(tmp_path)

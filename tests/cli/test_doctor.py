@@ -103,6 +103,11 @@ def test_native_code_without_a_compiler_is_a_note_that_says_why(findings, monkey
     assert all("no-such-compiler" in each.found for each in found.values())
 
 
+def test_a_compiler_that_does_not_work_is_a_note(findings, monkeypatch):
+    monkeypatch.setenv("CC", "false")
+    assert findings(diagnosis.check_machine)["C compiler"].status == "note"
+
+
 def test_native_code_that_is_switched_off_is_a_note(findings, monkeypatch):
     monkeypatch.setenv("REVFLIP_NATIVE", "0")
     found = findings(diagnosis.check_native)

@@ -85,7 +85,7 @@ def curves(cwd, monkeypatch, tmp_path):
     return train
 
 
-QUICK = ("ptb, ReversibleRNN", "nmt, ReversibleRNN", "mnist, SGLDSampler", "es_cartpole, FlipoutES")
+QUICK = ("ptb, ReversibleRNN", "mnist, SGLDSampler")
 
 
 @pytest.mark.parametrize(

@@ -102,6 +102,7 @@ def folders(cwd, monkeypatch):
     return make
 
 
+@pytest.mark.slow
 def test_runs_of_everything_log_what_is_documented(folders):
     logged, settings = Logged(), {}
 

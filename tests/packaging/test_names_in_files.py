@@ -65,3 +65,29 @@ def test_a_saved_posterior_cannot_name_files_elsewhere(tmp_path):
     config.write_text(json.dumps(content))
     with pytest.raises(ValueError, match="Invalid name"):
         LowRankGaussian.load(tmp_path / "fitted")
+
+
+@pytest.mark.parametrize("place", ["replacement", "source", "class_path"])
+def test_a_checkpoint_cannot_have_a_module_imported(place, checkpoint, tmp_path, monkeypatch):
+    (tmp_path / "evil_module.py").write_text("open('executed', 'w').close()\nclass X: pass\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (state,) = (state for state in checkpoint["callbacks"].values() if SPEC_KEY in state)
+    (conversion,) = state[SPEC_KEY]["conversions"]
+    good = torch.load("good.ckpt", weights_only=True)["callbacks"]
+    (genuine,) = (state[SPEC_KEY]["conversions"][0] for state in good.values() if SPEC_KEY in state)
+    conversion.update(genuine)
+    if place == "class_path":
+        conversion["kwargs"] |= {"forget_bias": {"class_path": "evil_module:X", "init_args": {}}}
+    else:
+        conversion[place] = "evil_module:X"
+    torch.save(checkpoint, "evil.ckpt")
+    with pytest.raises(ValueError, match="evil_module"):
+        load_from_checkpoint(Tagger, "evil.ckpt")
+
+
+def test_a_checkpoint_cannot_run_the_command_line(checkpoint):
+    (state,) = (state for state in checkpoint["callbacks"].values() if SPEC_KEY in state)
+    state[SPEC_KEY]["conversions"][0]["replacement"] = "lightning_revflip.cli.__main__:main"
+    torch.save(checkpoint, "evil.ckpt")
+    with pytest.raises(ValueError, match="has not been imported"):
+        load_from_checkpoint(Tagger, "evil.ckpt")

@@ -246,6 +246,15 @@ def test_a_folder_of_other_files_is_left_alone(tmp_path):
         DiagonalGaussian.fit(RowSamples(ROWS)).save(tmp_path)
 
 
+def test_a_config_of_something_else_is_no_licence_to_write(tmp_path):
+    others = {"config.json": "{}", "notes.tmp": "", "tensors-mine.safetensors": ""}
+    for name, text in others.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(FileExistsError, match="holds other files"):
+        DiagonalGaussian.fit(RowSamples(ROWS)).save(tmp_path)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == others
+
+
 def damage_tensors(folder):
     (file,) = folder.glob("*.safetensors")
     data = bytearray(file.read_bytes())
