@@ -139,7 +139,7 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
 
 
 def markdown() -> str:
-    """The rows of the file, as they are shown in the documentation."""
+    """The rows of the file and their notes, as they are shown in the documentation."""
     rows = json.loads((measure.RESULTS / "versions.json").read_text())["rows"]
     columns = ["python", *PACKAGES]
     lines = [[*columns, "passed", "failed", "skipped", "run on"], ["---"] * (len(columns) + 4)]
@@ -147,7 +147,10 @@ def markdown() -> str:
         counts = [str(each[name]) for name in ("passed", "failed", "skipped")]
         shown = [each["versions"][name] for name in columns]
         lines.append([*shown, *counts, each["environment"]["date"]])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    notes = [
+        f"\nPython {each['versions']['python']}: {each['note']}" for each in rows if "note" in each
+    ]
+    return "\n".join([*(f"| {' | '.join(line)} |" for line in lines), *notes])
 
 
 def _age(each: dict[str, Any]) -> list[tuple[int, ...]]:

@@ -1,8 +1,11 @@
 """The table of versions is of the tests that were run."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
+from packaging.version import Version
 
 from benchmarks import measure, versions
 
@@ -75,3 +78,20 @@ def test_a_row_replaces_that_of_the_same_versions(tmp_path, monkeypatch):
 def test_every_core_test_is_there():
     root = measure.RESULTS.parents[1]
     assert [path for path in versions.CORE if not (root / path).exists()] == []
+
+
+def test_no_environment_failed_without_a_reason():
+    rows = json.loads((measure.RESULTS / "versions.json").read_text())["rows"]
+    assert rows
+    assert all(not each["failures"] or each["note"] in versions.markdown() for each in rows)
+
+
+def test_the_lowest_versions_that_are_allowed_were_run():
+    project = (Path(__file__).parents[2] / "pyproject.toml").read_text()
+    dependencies = project.partition("\ndependencies = [")[2].partition("\n]")[0]
+    floors = re.findall(r'"([\w-]+)(?:\[\w+\])?>=([\d.]+)"', dependencies)
+    assert len(floors) > 5
+    rows = json.loads((measure.RESULTS / "versions.json").read_text())["rows"]
+    for name, floor in floors:
+        lowest, wanted = min(Version(each["versions"][name]) for each in rows), Version(floor)
+        assert lowest.release[: len(wanted.release)] == wanted.release, name
