@@ -38,7 +38,7 @@ pytestmark = pytest.mark.usefixtures("cwd")
 
 
 @pytest.fixture
-def real_data(monkeypatch):
+def real_data(cwd, monkeypatch):
     assert REAL is not None
     monkeypatch.setenv("REVFLIP_DATA", REAL)
 
