@@ -36,6 +36,7 @@ WITH_FIGURES = {f"{page}.html" for page in ("index", "benchmarks", *METHODS)}
 FLAGS = (
     "--headless",
     "--no-sandbox",
+    "--disable-dev-shm-usage",
     "--no-first-run",
     "--disable-gpu",
     "--disable-quic",
@@ -59,6 +60,10 @@ if (/\$\$|\\[a-z]+\{/.test(text?.textContent)) broken.push("formula left as LaTe
 return broken
 """
 FIGURES = "return document.querySelectorAll('article img, article figure svg').length"
+
+
+class BrowserError(Exception):
+    """There is no browser that could look at pages; the message says why."""
 
 
 class Page(HTMLParser):
@@ -158,17 +163,19 @@ def served(site: Path) -> Iterator[str]:
         server.server_close()
 
 
-def programs() -> tuple[str, str] | None:
-    """Chromium and its driver, if both are here."""
+@contextmanager
+def chromium() -> Iterator[Any]:
+    """A headless browser with an empty profile that logs what it asks the network for.
+
+    Raises:
+        BrowserError: if Chromium or its driver is not here, or does not start.
+    """
     browser = shutil.which("chromium") or shutil.which("google-chrome")
     driver = shutil.which("chromedriver")
-    return (browser, driver) if browser and driver else None
-
-
-@contextmanager
-def chromium(browser: str, driver: str) -> Iterator[Any]:
-    """A headless browser with an empty profile that logs what it asks the network for."""
+    if not (browser and driver):
+        raise BrowserError("no Chromium with chromedriver")
     from selenium import webdriver
+    from selenium.common.exceptions import WebDriverException
 
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         options = webdriver.ChromeOptions()
@@ -177,7 +184,10 @@ def chromium(browser: str, driver: str) -> Iterator[Any]:
             options.add_argument(flag)
         options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
         service = webdriver.ChromeService(executable_path=driver)
-        window = webdriver.Chrome(options=options, service=service)
+        try:
+            window = webdriver.Chrome(options=options, service=service)
+        except WebDriverException as error:
+            raise BrowserError(f"Chromium does not start: {error.msg}") from error
         try:
             yield window
         finally:
@@ -260,13 +270,12 @@ def main(argv: list[str] | None = None) -> None:
 
     site = options.site.resolve()
     problems = broken_links(site) + missing_names(site)
-    found = programs()
-    if found:
-        with chromium(*found) as window:
+    try:
+        with chromium() as window:
             problems += broken_pages(site, window, options.screenshots)
             problems += search_from_disk(site, window)
-    else:
-        print("pages in a browser: skipped: no Chromium with chromedriver")
+    except BrowserError as error:
+        print(f"pages in a browser: skipped: {error}")
     for problem in problems:
         print(problem)
     pages = len(list(site.rglob("*.html")))

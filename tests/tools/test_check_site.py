@@ -1,4 +1,5 @@
 import zlib
+from contextlib import ExitStack
 
 import pytest
 
@@ -64,21 +65,34 @@ def test_public_names_are_those_of_modules_with_and_without_all():
 
 
 def test_without_chromium_the_browser_is_skipped_and_said_so(site, monkeypatch, capsys):
-    monkeypatch.setattr(check_site, "programs", lambda: None)
+    monkeypatch.setenv("PATH", "")
     with pytest.raises(SystemExit) as exit:
         check_site.main([str(site)])
     assert exit.value.code == 0
     assert "skipped: no Chromium" in capsys.readouterr().out
 
 
+def test_a_browser_that_does_not_start_is_said_so(site, monkeypatch, tmp_path, capsys):
+    pytest.importorskip("selenium")
+    for name in ("chromium", "chromedriver"):
+        (tmp_path / name).write_text("#!/bin/sh\nexit 1\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    with pytest.raises(SystemExit) as exit:
+        check_site.main([str(site)])
+    assert exit.value.code == 0
+    assert "skipped: Chromium does not start" in capsys.readouterr().out
+
+
 @pytest.fixture(scope="module")
 def window():
     pytest.importorskip("selenium")
-    found = check_site.programs()
-    if found is None:
-        pytest.skip("no Chromium with chromedriver")
-    with check_site.chromium(*found) as window:
-        yield window
+    with ExitStack() as stack:
+        try:
+            browser = stack.enter_context(check_site.chromium())
+        except check_site.BrowserError as error:
+            pytest.skip(str(error))
+        yield browser
 
 
 @pytest.mark.slow
