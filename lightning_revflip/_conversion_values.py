@@ -11,7 +11,7 @@ import sys
 from typing import Any
 
 _CONFIG_KEYS = {"class_path", "init_args"}
-_OURS = re.compile(r"lightning_revflip(?!\.cli\b)(\.\w+)*")
+_OURS = re.compile(r"lightning_revflip(?!\.(cli|_recipes)\b)(\.\w+)*")
 """Modules that may be imported because a name says so: to import them does nothing else."""
 
 

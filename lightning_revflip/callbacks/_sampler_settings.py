@@ -9,6 +9,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
+from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_revflip.callbacks._conversion import callbacks_of
 from lightning_revflip.callbacks._sampler_swap import SAMPLERS
@@ -115,4 +116,18 @@ def check_schedule(pl_module: LightningModule) -> None:
             "SGLDSampler has a schedule, but with manual optimization the module calls its "
             "schedules itself. Return it from configure_optimizers, and call "
             "self.lr_schedulers().step() after each step."
+        )
+
+
+def warn_of_no_samples(trainer: Trainer, pl_module: LightningModule, first_step: int) -> None:
+    """Warn if training will end before the first sample.
+
+    Nothing is said where the number of steps is not known before: of streams of data, and where the
+    module steps its optimizer itself.
+    """
+    planned = trainer.estimated_stepping_batches
+    if pl_module.automatic_optimization and 0 < planned < first_step:
+        rank_zero_warn(
+            f"There will be no samples: training ends at step {planned:.0f}, and the first is "
+            f"taken at step {first_step}. Lower burn_in, or train longer."
         )

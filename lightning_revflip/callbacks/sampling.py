@@ -32,6 +32,7 @@ from lightning_revflip.callbacks._sampler_settings import (
     check_schedule,
     check_settings,
     check_trainer,
+    warn_of_no_samples,
 )
 from lightning_revflip.callbacks._sampler_swap import SAMPLERS, Target, check_agrees, sampler_from
 from lightning_revflip.callbacks.loggers import log_settings
@@ -215,12 +216,7 @@ class SGLDSampler(Callback):
         if trainer.global_rank == 0 or independent(trainer):
             self._collection = self._open(trainer, pl_module)
         self._hook = optimizer.register_step_post_hook(functools.partial(self._collect, trainer))
-        planned = trainer.estimated_stepping_batches
-        if planned < self._first_step:
-            rank_zero_warn(
-                f"There will be no samples: training ends at step {planned:.0f}, and the first is "
-                f"taken at step {self._first_step}. Lower burn_in, or train longer."
-            )
+        warn_of_no_samples(trainer, pl_module, self._first_step)
 
     @property
     def _first_step(self) -> int:

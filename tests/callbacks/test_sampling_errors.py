@@ -2,6 +2,7 @@
 
 import errno
 import functools
+import warnings
 
 import pytest
 import torch
@@ -369,3 +370,15 @@ def test_a_training_that_ends_before_the_first_sample_is_warned_of(tmp_path):
         UserWarning, match=r"no samples: .* ends at step \d+, .* at step 1010\. Lower"
     ):
         fit(tmp_path, sampler(tmp_path, burn_in=1000, every_n_steps=10))
+
+
+class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        return iter(loader().dataset)
+
+
+def test_nothing_is_said_of_a_training_whose_length_is_not_known(tmp_path):
+    stream = torch.utils.data.DataLoader(Stream(), loader().batch_size)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*no samples")
+        fit(tmp_path, sampler(tmp_path), train=stream)
